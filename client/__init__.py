@@ -1,0 +1,1 @@
+"""One hospital: the courier, the guard, and everything that happens inside its walls."""

@@ -1,0 +1,49 @@
+"""Which synthetic images are worth learning from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from client.distillation import TransferSet
+
+
+@dataclass(frozen=True)
+class Curated:
+    """The transfer set without the images that were dropped, and the counts."""
+
+    transfer: TransferSet
+    generated: int
+    dropped_inconsistent: int
+
+    @property
+    def kept(self) -> int:
+        return self.generated - self.dropped_inconsistent
+
+
+def agreement(probability: Tensor, mask: Tensor) -> Tensor:
+    """Dice of the thresholded probabilities with the conditioning mask, an image; both (N, C, S, S) -> (N,)."""
+    found = (probability > 0.5).float()
+    both = (found * mask).sum((1, 2, 3))
+    return (2 * both + 1) / (found.sum((1, 2, 3)) + mask.sum((1, 2, 3)) + 1)
+
+
+def drop_inconsistent(transfer: TransferSet, keep_dice: float) -> Curated:
+    """Drop the synthetic images on which the teacher does not find what they were painted from.
+
+    Neither the images nor the masks come from the site's patients, so the filter looks at nobody. Without a
+    teacher nothing can be judged and everything is kept.
+    """
+    generated = int(transfer.synthetic.sum())
+    if transfer.logits is None:
+        return Curated(transfer, generated, 0)
+    agrees = agreement(transfer.logits.float().sigmoid(), transfer.masks.nan_to_num()) >= keep_dice
+    keep = agrees | ~transfer.synthetic
+    return Curated(transfer.select(keep), generated, generated - int((keep & transfer.synthetic).sum()))
+
+
+def synthetic_part(transfer: TransferSet) -> TransferSet:
+    """The synthetic images alone."""
+    return transfer.select(torch.nonzero(transfer.synthetic).flatten())

@@ -1,0 +1,216 @@
+"""From a manifest to patients in memory: read, resize, find the field of view, stretch.
+
+The steps are MONAI dictionary transforms (they compose with MONAI's own); a record has the keys
+``image``, ``mask``, ``valid`` and ``spacing_mm``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import Transform
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional
+
+from client.images import read_image, read_mask
+from client.manifest import label_text, size_text
+from client.manifest_rows import Manifest, ManifestRow, read_manifest
+from client.patients import Patient, Sample, Split
+from client.splits import assign_splits
+from common.errors import DataError
+from common.recipe import ClassConfig, DataConfig
+
+Record = dict[str, Any]
+
+LOW_PERCENTILE, HIGH_PERCENTILE = 0.5, 99.7
+MIN_RANGE = 0.05  # of full scale: a nearly constant channel is not blown up into noise
+SURROUND_LEVEL = 0.1  # of the way from the darkest to a bright pixel: below lies the surround
+BLACK_LEVEL = 0.25  # of a bright pixel: an image whose darkest part is lighter has no surround
+MIN_FIELD = 0.25  # of the image: a smaller field of view is a mistake of the threshold
+
+
+def load_patients(manifest: Path, data: DataConfig, seed: int) -> list[Patient]:
+    """Every patient of a manifest, in its order. Without a split column patients are dealt by ``seed``.
+
+    Raises `DataError` with the faults of all rows at once: what `read_manifest` finds, unreadable files,
+    NaN, sizes that differ, undeclared labels; and if a split has to be made of fewer than two labelled
+    patients. The texts name lines and stay at the site.
+    """
+    listed = read_manifest(manifest)
+    splits = _splits(listed, seed)
+    steps = _steps(data)
+    faults: list[str] = []
+    patients = []
+    for patient, rows in listed.by_patient().items():
+        samples = []
+        for row in rows:
+            try:
+                samples.append(_load(row, steps))
+            except DataError as error:
+                faults.append(f"line {row.line}: {error.message}")
+        patients.append(Patient(patient, splits[patient], tuple(samples)))
+    if faults:
+        raise DataError(f"{manifest} lists images that cannot be used:", faults)
+    return patients
+
+
+def load_image(path: Path, data: DataConfig) -> Sample:
+    """One image without a mask, as `load_patients` would read it. Raises `DataError`."""
+    return _load(ManifestRow(line=0, image=path, mask=None, patient=""), _steps(data))
+
+
+def percentile_stretch(image: Tensor, valid: Tensor) -> Tensor:
+    """Stretch each channel from its 0.5th to its 99.7th percentile over valid pixels; black elsewhere.
+
+    Args:
+        image: (C, H, W) float, 1 being full scale.
+        valid: (H, W) bool with at least one pixel.
+
+    Returns:
+        (C, H, W) float32 in [0, 1]. The range is taken as at least `MIN_RANGE`; equal channels stay equal.
+    """
+    inside = image[:, valid].numpy()
+    low, high = np.percentile(inside, (LOW_PERCENTILE, HIGH_PERCENTILE), axis=1).astype(np.float32)
+    span = torch.from_numpy(np.maximum(high - low, MIN_RANGE))[:, None, None]
+    stretched = (image - torch.from_numpy(low)[:, None, None]) / span
+    return torch.where(valid, stretched.clamp(0.0, 1.0), 0.0).float()
+
+
+def field_of_view(image: Tensor) -> Tensor:
+    """(H, W) bool: where a (C, H, W) photograph with a dark surround shows tissue.
+
+    The brightest channel, as it is and smoothed, is cut at a level between surround and tissue; the
+    largest component, its holes filled, is the field. All True where no dark surround is found.
+    """
+    brightest = image.amax(dim=0).numpy()
+    smooth = ndimage.gaussian_filter(brightest, sigma=max(1.0, 0.005 * max(brightest.shape)))
+    dark, bright = float(smooth.min()), float(np.percentile(smooth, 95))
+    everything = torch.ones(brightest.shape, dtype=torch.bool)
+    if dark > BLACK_LEVEL * bright or dark == bright:
+        return everything
+    level = dark + SURROUND_LEVEL * (bright - dark)
+    # Smooth alone would widen the field by the blur, raw pixels alone would let noise outside join it.
+    parts, _ = ndimage.label((smooth > level) & (brightest > level))
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0  # the surround
+    field = ndimage.binary_fill_holes(parts == sizes.argmax())
+    return torch.from_numpy(field) if field.mean() >= MIN_FIELD else everything
+
+
+def area_weights(stored: int, wanted: int) -> Tensor:
+    """(wanted, stored) float32: the share of each stored pixel in each wanted one; rows sum to 1."""
+    edges = np.arange(wanted + 1) * (stored / wanted)
+    starts = np.arange(stored)
+    upper = np.minimum(edges[1:, None], starts[None] + 1.0)
+    lower = np.maximum(edges[:-1, None], starts[None])
+    weights: NDArray[np.float64] = np.clip(upper - lower, 0.0, None) * (wanted / stored)
+    return torch.from_numpy(weights.astype(np.float32))
+
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """(C, H, W) float -> (C, height, width): the area's mean downwards, bilinear upwards."""
+    if image.shape[1] < height or image.shape[2] < width:
+        grown = functional.interpolate(
+            image[None], size=(height, width), mode="bilinear", align_corners=False
+        )
+        return grown[0]
+    rows = area_weights(image.shape[1], height)
+    columns = area_weights(image.shape[2], width)
+    return rows @ image @ columns.T
+
+
+class DecodeFilesd(Transform):  # type: ignore[misc]
+    """``row`` -> ``image`` (1 or 3, H, W) float32 with full scale 1, ``mask`` (C, H, W) uint8 or None.
+
+    A picture whose channels are equal becomes one channel: what is grey then stays exactly grey.
+    """
+
+    def __init__(self, classes: list[ClassConfig]) -> None:
+        self.classes = classes
+
+    def __call__(self, data: Record) -> Record:
+        row: ManifestRow = data["row"]
+        raster = read_image(row.image)
+        if not np.all(np.isfinite(raster.pixels)):
+            raise DataError(
+                f"{row.image.name} holds NaN or infinite values: replace them or leave the row out."
+            )
+        grey = np.all(raster.pixels == raster.pixels[:1])
+        image = torch.from_numpy(
+            (raster.pixels[:1] if grey else raster.pixels) / np.float32(raster.full_scale)
+        )
+        mask = None
+        if row.mask is not None:
+            labels = read_mask(row.mask)
+            if not np.all(np.isfinite(labels)):
+                raise DataError(f"{row.mask.name} holds NaN or infinite values: correct the mask.")
+            if text := size_text(row, raster.pixels, labels) or label_text(row.mask, labels, self.classes):
+                raise DataError(text)
+            mask = torch.from_numpy(np.stack([labels == item.label for item in self.classes])).to(torch.uint8)
+        return {**data, "image": image, "mask": mask, "spacing_mm": row.spacing_mm}
+
+
+class LongestSided(Transform):  # type: ignore[misc]
+    """Resize to a longest side in pixels; a mask keeps a pixel that is at least half covered."""
+
+    def __init__(self, longest_side: int) -> None:
+        self.longest_side = longest_side
+
+    def __call__(self, data: Record) -> Record:
+        image, mask, spacing = data["image"], data["mask"], data["spacing_mm"]
+        stored_height, stored_width = image.shape[1:]
+        scale = self.longest_side / max(stored_height, stored_width)
+        height, width = max(1, round(stored_height * scale)), max(1, round(stored_width * scale))
+        if (height, width) == (stored_height, stored_width):
+            return data
+        if mask is not None:
+            mask = (resize(mask.float(), height, width) >= 0.5).to(torch.uint8)
+        if spacing is not None:
+            spacing = (spacing[0] * stored_height / height, spacing[1] * stored_width / width)
+        return {**data, "image": resize(image, height, width), "mask": mask, "spacing_mm": spacing}
+
+
+class ValidPixelsd(Transform):  # type: ignore[misc]
+    """Add ``valid`` (H, W) bool: the field of view if there is one to find, else every pixel."""
+
+    def __init__(self, find_field: bool) -> None:
+        self.find_field = find_field
+
+    def __call__(self, data: Record) -> Record:
+        image = data["image"]
+        valid = field_of_view(image) if self.find_field else torch.ones(image.shape[1:], dtype=torch.bool)
+        return {**data, "valid": valid}
+
+
+class StretchPercentilesd(Transform):  # type: ignore[misc]
+    """`percentile_stretch` of ``image`` over ``valid``, and three channels."""
+
+    def __call__(self, data: Record) -> Record:
+        stretched = percentile_stretch(data["image"], data["valid"])
+        return {**data, "image": stretched.expand(3, -1, -1).contiguous()}
+
+
+def _steps(data: DataConfig) -> list[Transform]:
+    resizing = [LongestSided(data.longest_side)] if data.longest_side else []
+    return [DecodeFilesd(data.classes), *resizing, ValidPixelsd(data.field_of_view), StretchPercentilesd()]
+
+
+def _load(row: ManifestRow, steps: list[Transform]) -> Sample:
+    record: Record = {"row": row}
+    # Not MONAI's Compose: it wraps errors in RuntimeError and logs statistics of the failing image.
+    for step in steps:
+        record = step(record)
+    return Sample(record["image"], record["mask"], record["valid"], record["spacing_mm"], row.group)
+
+
+def _splits(manifest: Manifest, seed: int) -> dict[str, Split]:
+    by_patient = manifest.by_patient()
+    if manifest.has_splits:
+        return {patient: rows[0].split for patient, rows in by_patient.items() if rows[0].split is not None}
+    labelled = manifest.labelled_patients()
+    return assign_splits(labelled, sorted(set(by_patient) - set(labelled)), seed)

@@ -1,0 +1,140 @@
+"""The guard: it alone opens a site's data, and everything it answers goes through `client.egress`.
+
+In a deployment it is a process of the site's own; in a simulation it runs inside the courier's process, so
+the policy is advisory there and the report says so. The training itself is in `client.workshop`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+
+import client.workshop as workshop
+from client.deadline import Deadline
+from client.egress import Egress
+from client.patients import Patient, Split, of_split
+from client.site import Site
+from client.style import summarise_style
+from common import checkpoints
+from common.adapter import Adapter, AdapterUpdate
+from common.errors import ArtefactError, DataError, PolicyRefusal
+from common.guard_api import PlanAnswer, SiteCounts, SiteMetrics, StudentNote
+from common.plan import Round, RunPlan, Stage
+from common.style import StyleSummary
+
+
+class Guard:
+    """Implements `common.guard_api.GuardApi` for one site.
+
+    Guarantees: the policy is checked before any data file is opened; nothing is returned that
+    `client.egress` has not released; an order for a plan that this site did not agree to is refused.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def propose(self, plan: RunPlan, order: Round) -> PlanAnswer:
+        """Agree or refuse; a refusal names a code and a policy field, nothing that depends on data."""
+        answer = PlanAnswer(self.site.name, True, plan.digest)
+        try:
+            self._check_policy(plan)
+            self._labelled(plan)  # a site that cannot read its data says so now, not in the middle
+            self.site.accept(plan)
+        except PolicyRefusal as refusal:
+            answer = replace(answer, agrees=False, code=refusal.border_code, field=refusal.field)
+        return PlanAnswer(**self._egress(plan).release_numbers(order.stage, order.index, "answer", asdict(answer)))
+
+    def adapt(self, order: Round, adapter: Adapter) -> AdapterUpdate:
+        plan = self.site.accepted_plan(order.plan_sha256)
+        train = self._labelled(plan)
+        adaptation = workshop.adapt_teacher(self.site, plan, adapter, train, order)
+        return self._release_update(plan, order, adapter, adaptation, len(train))
+
+    def style(self, order: Round) -> StyleSummary:
+        plan = self.site.accepted_plan(order.plan_sha256)
+        seed = self.site.draw_seed(plan, "style")
+        summary = summarise_style(
+            self._labelled(plan), plan.generator.style_groups, self.site.policy.min_group_patients, seed
+        )
+        self._egress(plan).release_numbers(order.stage, order.index, "style", asdict(summary))
+        return summary
+
+    def train_generator(self, order: Round, adapter: Adapter) -> AdapterUpdate:
+        plan = self.site.accepted_plan(order.plan_sha256)
+        train = self._labelled(plan)
+        adaptation = workshop.adapt_generator(self.site, plan, adapter, train, order)
+        return self._release_update(plan, order, adapter, adaptation, len(train))
+
+    def train_student(
+        self, order: Round, adapter: Adapter, styles: dict[str, StyleSummary], generator: Adapter | None
+    ) -> StudentNote:
+        plan = self.site.accepted_plan(order.plan_sha256)
+        shop = workshop.Workshop(
+            self.site, plan, adapter, styles, generator, of_split(self._patients(plan), Split.train)
+        )
+        note = shop.run(Deadline(order.deadline_s))
+        self._egress(plan).release_numbers(order.stage, order.index, "note", asdict(note))
+        return note
+
+    def evaluate(self, order: Round, adapter: Adapter) -> SiteMetrics:
+        plan = self.site.accepted_plan(order.plan_sha256)
+        everyone = self._patients(plan)
+        parts = {split: of_split(everyone, split) for split in Split}
+        counts = SiteCounts(
+            patients=len(everyone),
+            images=sum(len(patient.samples) for patient in everyone),
+            train=len(parts[Split.train]),
+            val=len(parts[Split.val]),
+            test=len(parts[Split.test]),
+        )
+        metrics = workshop.evaluate_models(self.site, plan, adapter, parts[Split.test], Deadline(order.deadline_s))
+        answer = SiteMetrics(self.site.name, counts, metrics)
+        self._egress(plan).release_numbers(order.stage, order.index, "metrics", asdict(answer))
+        return answer
+
+    def _check_policy(self, plan: RunPlan) -> None:
+        policy = self.site.policy
+        if Stage.style in plan.stages and not policy.allow_style:
+            raise PolicyRefusal("this site shares no style summary", field="allow_style")
+        if Stage.generator in plan.stages and not policy.allow_generator:
+            raise PolicyRefusal("this site trains no generator for others", field="allow_generator")
+        largest = max((payload.max_bytes for payload in plan.payloads), default=0)
+        if largest > policy.max_payload_mb * 2**20:
+            raise PolicyRefusal(f"a payload of {largest} bytes is asked for", field="max_payload_mb")
+        for name, digest in plan.models.items():
+            if checkpoints.base_sha256(name) != digest:
+                raise ArtefactError(f"the plan's {name} is not this site's: install the same release")
+
+    def _patients(self, plan: RunPlan) -> list[Patient]:
+        return self.site.patients(plan.data, plan.seed)
+
+    def _labelled(self, plan: RunPlan) -> list[Patient]:
+        train = of_split(self._patients(plan), Split.train)
+        labelled = [patient for patient in train if patient.labelled]
+        if len(labelled) < plan.data.min_patients:
+            raise DataError(
+                f"{len(labelled)} labelled training patients, the plan needs {plan.data.min_patients}: "
+                f"label more, or check {self.site.manifest} with `wardround data check`"
+            )
+        return labelled
+
+    def _egress(self, plan: RunPlan) -> Egress:
+        return Egress(self.site.name, self.site.folder, plan)
+
+    def _release_update(
+        self, plan: RunPlan, order: Round, sent: Adapter, trained: workshop.Adaptation, patients: int
+    ) -> AdapterUpdate:
+        update = AdapterUpdate(
+            adapter=trained.adapter,
+            weight=float(min(patients, self.site.policy.max_weight)),
+            started_from=sent.digest,
+            losses=trained.losses,
+        )
+        return self._egress(plan).release_update(order.stage, order.index, update)
+
+
+@lru_cache(maxsize=64)
+def open_guard(folder: str) -> Guard:
+    """The guard of the site in ``folder``; one for a process. Raises ``ConfigError`` for a bad site file."""
+    return Guard(Site.open(Path(folder)))

@@ -1,0 +1,65 @@
+"""One hospital as its own files describe it; nothing here comes from the server."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from client.data import load_patients
+from client.patients import Patient
+from common.canonical import canonical_json
+from common.config import load_site
+from common.errors import DataError, PolicyRefusal
+from common.plan import RunPlan, rebuild
+from common.recipe import DataConfig, PolicyConfig
+from common.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class Site:
+    """A folder with ``site.yaml``; everything the site produces is written below the folder and stays there."""
+
+    name: str
+    folder: Path
+    manifest: Path
+    student: str | None
+    policy: PolicyConfig
+
+    @classmethod
+    def open(cls, folder: Path) -> Site:
+        """Raises ``ConfigError`` listing every fault of ``site.yaml``."""
+        given = load_site(folder / "site.yaml")
+        return cls(given.name, folder, folder / given.manifest, given.student, given.policy)
+
+    def patients(self, data: DataConfig, seed: int) -> list[Patient]:
+        """The site's patients as the plan reads them, loaded once a process. Raises ``DataError``."""
+        return _patients(self.manifest, canonical_json(_as_dict(data)), derive_seed(seed, self.name, "split"))
+
+    def accept(self, plan: RunPlan) -> None:
+        (self.folder / "plan.json").write_text(plan.to_json())
+
+    def accepted_plan(self, digest: str) -> RunPlan:
+        """The plan this site agreed to. Raises ``PolicyRefusal`` if ``digest`` names another, or none was."""
+        path = self.folder / "plan.json"
+        plan = RunPlan.from_json(path.read_text()) if path.exists() else None
+        if plan is None or plan.digest != digest:
+            raise PolicyRefusal("this plan was never agreed to here: send query.propose first", field="plan")
+        return plan
+
+    def draw_seed(self, plan: RunPlan, *path: str | int) -> int:
+        return derive_seed(plan.seed, self.name, *path)
+
+
+def _as_dict(data: DataConfig) -> object:
+    from dataclasses import asdict
+
+    return asdict(data)
+
+
+@lru_cache(maxsize=16)
+def _patients(manifest: Path, data: str, seed: int) -> list[Patient]:
+    if not manifest.exists():
+        raise DataError(f"{manifest} is missing: name the site's manifest in site.yaml")
+    return load_patients(manifest, rebuild(DataConfig, json.loads(data)), seed)

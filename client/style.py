@@ -1,0 +1,124 @@
+"""The site's style summary: what the images look like, in a few bounded numbers a group.
+
+Style vectors follow `common.style.STYLE_FIELDS`. A group is a diagonal Gaussian over the vectors of images
+that look alike (k-means), and only groups of at least the policy's number of *patients* are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.cluster.vq import kmeans2
+from scipy.ndimage import binary_erosion
+from torch import Tensor
+
+from client.patients import Patient
+from common.errors import PolicyRefusal
+from common.style import STYLE_BOUNDS, StyleGroup, StyleSummary
+
+
+def style_vector(image: Tensor, mask: Tensor, valid: Tensor) -> NDArray[np.float64] | None:
+    """The 14 numbers of one image, or None if foreground or background is (nearly) missing.
+
+    Args:
+        image: (3, H, W) in [0, 1]. mask: (H, W), nonzero is foreground. valid: (H, W) bool.
+    """
+    front, back = (mask > 0) & valid, (mask == 0) & valid
+    if front.sum() < 8 or back.sum() < 8:
+        return None
+    inside, outside = image[:, front], image[:, back]
+    body = front.numpy()
+    perimeter = max(int((body & ~binary_erosion(body)).sum()), 1)
+    numbers = torch.cat([inside.mean(1), inside.std(1), outside.mean(1), outside.std(1)]).double().numpy()
+    shape = [np.log(front.sum().item() / valid.sum().item()), np.log(body.sum() / perimeter)]
+    low, high = np.array(STYLE_BOUNDS).T
+    return np.clip(np.concatenate([numbers, shape]), low, high)
+
+
+def summarise_style(
+    patients: Sequence[Patient], max_groups: int, min_patients: int, seed: int
+) -> StyleSummary:
+    """Group the labelled samples of ``patients`` and keep the groups that are large enough.
+
+    Guarantee: every shared group covers at least ``min_patients`` patients. Each number lies within
+    `STYLE_BOUNDS`.
+
+    Raises:
+        PolicyRefusal: no group is large enough (field ``min_group_patients``).
+    """
+    vectors, owners = _vectors(patients)
+    low, high = np.array(STYLE_BOUNDS).T
+    groups: list[StyleGroup] = []
+    if len(set(owners)) >= min_patients:
+        labels = _cluster((vectors - low) / (high - low), owners, max_groups, min_patients, seed)
+        for label in np.unique(labels):
+            member = labels == label
+            if len(set(owners[member])) < min_patients:
+                continue
+            share = max(round(float(member.mean()), 1), 0.1)
+            mean, std = vectors[member].mean(0), vectors[member].std(0)
+            groups.append(StyleGroup(share, mean.round(3).tolist(), std.round(3).tolist()))
+    if not groups:
+        raise PolicyRefusal(
+            f"no style group of {min_patients} patients: collect more labelled patients, or share no style "
+            "(policy.allow_style: false)",
+            field="min_group_patients",
+        )
+    return StyleSummary(groups)
+
+
+def _vectors(patients: Sequence[Patient]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    vectors, owners = [], []
+    for owner, patient in enumerate(patients):
+        for sample in patient.samples:
+            if sample.mask is None:
+                continue
+            vector = style_vector(sample.image, sample.mask.amax(0), sample.valid)
+            if vector is not None:
+                vectors.append(vector)
+                owners.append(owner)
+    return np.array(vectors).reshape(-1, len(STYLE_BOUNDS)), np.array(owners, np.int64)
+
+
+def _cluster(
+    scaled: NDArray[np.float64], owners: NDArray[np.int64], max_groups: int, min_patients: int, seed: int
+) -> NDArray[np.int64]:
+    """The finest k-means partition whose groups are all large enough; otherwise the coarsest with any that is.
+
+    Colour separates appearances, size does not: the two shape numbers count a quarter.
+    """
+    weights = np.array([1.0] * 12 + [0.25] * 2)
+    most = min(max_groups, len(set(owners)) // min_patients)
+    best = np.zeros(len(scaled), np.int64)
+    for count in range(2, most + 1):
+        _, labels = kmeans2(scaled * weights, count, minit="++", rng=np.random.default_rng(seed))
+        sizes = [len(set(owners[labels == label])) for label in range(count)]
+        if min(size for size in sizes if size) < min_patients and count > 2:
+            break
+        best = labels.astype(np.int64)
+    return best
+
+
+def sample_styles(
+    summaries: Sequence[StyleSummary], count: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """``count`` style vectors (count, 14): sites in turn, groups by the root of their weight, jittered 0.7 sd.
+
+    The root lifts rare appearances, which are what a student of another site lacks.
+    """
+    low, high = np.array(STYLE_BOUNDS).T
+    vectors = []
+    for index in range(count):
+        groups = summaries[index % len(summaries)].groups
+        chances = np.sqrt([group.weight for group in groups])
+        group = groups[rng.choice(len(groups), p=chances / chances.sum())]
+        mean, std = np.array(group.mean), np.array(group.std)
+        jitter = rng.normal(size=len(mean))
+        if np.allclose(mean[0:3], mean[0]) and np.allclose(mean[6:9], mean[6]):  # grey stays grey
+            for start in (0, 3, 6, 9):
+                jitter[start : start + 3] = jitter[start]
+        vectors.append(np.clip(mean + 0.7 * std * jitter, low, high))
+    return np.array(vectors)

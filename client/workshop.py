@@ -1,0 +1,239 @@
+"""What the guard does with opened data: the site's own training, its students, its evaluation.
+
+Files written here stay in the site's folder: ``student.safetensors``, ``baselines/``, ``synthetic/``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from client.adaptation import Adaptation, adapt
+from client.curation import Curated, drop_inconsistent, synthetic_part
+from client.deadline import Deadline
+from client.distillation import VARIANTS, TransferSet, assemble_transfer_set, distil, real_crops
+from client.evaluation import evaluate_patients, release_metrics
+from client.generation import SyntheticSet, fine_tune, synthesise
+from client.patients import Patient
+from client.site import Site
+from client.students import build_student, load_student, save_student
+from common.adapter import Adapter
+from common.generator import initial_adapter as initial_generator_adapter
+from common.generator import resident_generator
+from common.guard_api import Metric, StudentNote
+from common.plan import Round, RunPlan
+from common.recipe import GeneratorScope
+from common.style import StyleSummary
+from common.teacher import Teacher, initial_adapter, resident_teacher
+
+LOCAL_TEACHER = "local_teacher"  # the baseline that is a teacher: this site's alone, same steps
+Forward = Callable[[Tensor], Tensor]
+
+
+def adapt_teacher(
+    site: Site, plan: RunPlan, adapter: Adapter, train: Sequence[Patient], order: Round
+) -> Adaptation:
+    seed = site.draw_seed(plan, "adapt", order.index)
+    teacher = resident_teacher(plan.teacher, plan.data)
+    return adapt(teacher, adapter, train, plan, (order.index, seed), Deadline(order.deadline_s))
+
+
+def adapt_generator(
+    site: Site, plan: RunPlan, adapter: Adapter, train: Sequence[Patient], order: Round
+) -> Adaptation:
+    seed = site.draw_seed(plan, "generator", order.index)
+    generator = resident_generator(plan.generator.name, plan.generator.rank)
+    return fine_tune(generator, adapter, train, plan, (order.index, seed), Deadline(order.deadline_s))
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Everything that one site does between the last adapter and its students.
+
+    ``adapter`` is the federated teacher's; ``generator`` the federated generator's, if that scope ran.
+    """
+
+    site: Site
+    plan: RunPlan
+    adapter: Adapter
+    styles: Mapping[str, StyleSummary]
+    generator: Adapter | None
+    train: Sequence[Patient]
+
+    def run(self, deadline: Deadline) -> StudentNote:
+        """Train the student and the recipe's baselines; the note says sizes and counts, no weights."""
+        names = ["student", *(name for name in self.plan.baselines if name in VARIANTS)]
+        curated = self._curated("federated", "all", deadline)
+        for name in names:
+            self._train(name, curated, deadline)
+        if LOCAL_TEACHER in self.plan.baselines:
+            path = self.site.folder / "baselines" / f"{LOCAL_TEACHER}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            self.local_adapter(deadline).save(path)
+        if curated is not None:
+            save_synthetic(synthetic_part(curated.transfer), self.site.folder / "synthetic", self.plan)
+        return self._note(curated)
+
+    def _train(self, name: str, curated: Curated | None, deadline: Deadline) -> None:
+        variant, kind = VARIANTS[name], self.site.student or self.plan.student.name
+        # The same start, batches and order for every variant: a difference is the ingredient's.
+        seed = self.site.draw_seed(self.plan, "student")
+        student = build_student(kind, self.plan.data, variant.pretrained, seed)
+        if name != "student":
+            curated = self._curated(variant.teacher, variant.styles, deadline)
+        transfer = None if curated is None else curated.transfer
+        distil(student, self._labelled, transfer, self.plan, seed, deadline)
+        about = {"run_id": self.plan.run_id, "model": name}
+        save_student(student, model_path(self.site, name), kind, self.plan.data, about)
+
+    @property
+    def _labelled(self) -> list[Patient]:
+        return [patient for patient in self.train if patient.labelled]
+
+    def _curated(self, teacher: str | None, styles: str | None, deadline: Deadline) -> Curated | None:
+        """The transfer set of one variant, labelled by its teacher, without inconsistent images."""
+        synthetic = None if styles is None else self._synthetic(styles, deadline)
+        if teacher is None:
+            transfer = assemble_transfer_set(None, synthetic, None)
+        else:
+            adapter = self.adapter if teacher == "federated" else self.local_adapter(deadline)
+            with resident_teacher(self.plan.teacher, self.plan.data).visit(adapter) as network:
+                transfer = assemble_transfer_set(self._real, synthetic, network)
+        return None if transfer is None else drop_inconsistent(transfer, self.plan.generator.keep_dice)
+
+    @cached_property
+    def _real(self) -> tuple[Tensor, Tensor]:
+        return real_crops(self.train, self.plan, self.site.draw_seed(self.plan, "crops"))
+
+    def _synthetic(self, styles: str, deadline: Deadline) -> SyntheticSet | None:
+        """Images in every site's styles or in this site's own; None where the scope or the policy has none."""
+        scope = self.plan.generator.scope
+        own_only = styles == "own" or scope == GeneratorScope.local
+        chosen = [self.styles[name] for name in sorted(self.styles) if not own_only or name == self.site.name]
+        if scope == GeneratorScope.none or not chosen:
+            return None
+        deadline.check("sampling synthetic images")
+        generator = resident_generator(self.plan.generator.name, self.plan.generator.rank)
+        seed = self.site.draw_seed(self.plan, "synthetic")
+        return synthesise(generator, self._generator_adapter(deadline), chosen, self.plan, seed)
+
+    def _generator_adapter(self, deadline: Deadline) -> Adapter:
+        start = initial_generator_adapter(self.plan.generator, self.plan.seed)
+        if self.plan.generator.scope != GeneratorScope.local:
+            return self.generator or start
+        generator = resident_generator(self.plan.generator.name, self.plan.generator.rank)
+        seed = self.site.draw_seed(self.plan, "generator", 0)
+        return fine_tune(generator, start, self._labelled, self.plan, (0, seed), deadline).adapter
+
+    def local_adapter(self, deadline: Deadline) -> Adapter:
+        """A teacher of this site alone: the same start, steps and batches as in the federation."""
+        cache = self.__dict__.setdefault("_local", [])  # trained at most once for a workshop
+        if not cache:
+            adapter = initial_adapter(self.plan.teacher, self.plan.data, self.plan.seed)
+            teacher = resident_teacher(self.plan.teacher, self.plan.data)
+            for index in range(self.plan.rounds):
+                seed = self.site.draw_seed(self.plan, "adapt", index)
+                adapter = adapt(teacher, adapter, self._labelled, self.plan, (index, seed), deadline).adapter
+            cache.append(adapter)
+        found: Adapter = cache[0]
+        return found
+
+    def _note(self, curated: Curated | None) -> StudentNote:
+        student = load_student(model_path(self.site, "student"))
+        image = torch.zeros(1, 3, self.plan.data.image_size, self.plan.data.image_size)
+        with resident_teacher(self.plan.teacher, self.plan.data).visit(self.adapter) as network:
+            teacher_ms = latency_ms(network, image)
+        return StudentNote(
+            site=self.site.name,
+            name=student.card.name,
+            params=student.card.params,
+            sha256=student.card.sha256,
+            latency_ms=latency_ms(student.module, image),
+            teacher_latency_ms=teacher_ms,
+            generated=0 if curated is None else curated.generated,
+            kept=0 if curated is None else curated.kept,
+            dropped_inconsistent=0 if curated is None else curated.dropped_inconsistent,
+        )
+
+
+def model_path(site: Site, name: str) -> Path:
+    """Where a site keeps the model ``name``."""
+    return site.folder / ("student.safetensors" if name == "student" else f"baselines/{name}.safetensors")
+
+
+@torch.inference_mode()
+def latency_ms(network: torch.nn.Module, image: Tensor, repeats: int = 7) -> float:
+    """Median wall time of one image through ``network``, milliseconds; one warm-up call first."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        network(image)
+        times.append(1000 * (time.perf_counter() - start))
+    return round(statistics.median(times[1:]), 3)
+
+
+def save_synthetic(images: TransferSet, folder: Path, plan: RunPlan) -> None:
+    """The kept synthetic images and masks as PNG, with their provenance; the folder never leaves the site."""
+    folder.mkdir(exist_ok=True)
+    for index, (image, mask) in enumerate(zip(images.images, images.masks, strict=True)):
+        pixels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:04d}.png")
+        values = np.zeros(mask.shape[1:], np.uint8)
+        for plane, item in zip(mask.numpy(), plan.data.classes, strict=True):
+            values[plane > 0.5] = item.label
+        Image.fromarray(values).save(folder / f"{index:04d}_mask.png")
+    provenance = {
+        "images": len(images),
+        "plan_sha256": plan.digest,
+        "generator_sha256": plan.models[plan.generator.name],
+        "scope": str(plan.generator.scope),
+        "masks": "procedural shape prior (client.shapes); no patient's mask",
+    }
+    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+
+
+@contextmanager
+def opened_models(site: Site, plan: RunPlan, adapter: Adapter) -> Iterator[dict[str, Callable[[], Forward]]]:
+    """Name -> a function that makes the model ready: the teachers share one network, so use one at a time."""
+    teacher = resident_teacher(plan.teacher, plan.data)
+
+    def with_adapter(given: Adapter) -> Forward:
+        teacher.slots.write(given)
+        network: Teacher = teacher.network
+        return lambda image: network(image).logits
+
+    ready: dict[str, Callable[[], Forward]] = {"teacher": lambda: with_adapter(adapter)}
+    for name in ("student", *plan.baselines):
+        path = model_path(site, name)
+        if not path.exists():
+            continue
+        if name == LOCAL_TEACHER:
+            ready[name] = lambda path=path: with_adapter(Adapter.load(path))
+        else:
+            ready[name] = lambda path=path: load_student(path).module
+    yield ready
+
+
+def evaluate_models(
+    site: Site, plan: RunPlan, adapter: Adapter, test: Sequence[Patient], deadline: Deadline
+) -> list[Metric]:
+    """Each model on this site's own test patients; only what the policy's smallest cell allows is released."""
+    seed = site.draw_seed(plan, "bootstrap")
+    released: list[Metric] = []
+    with opened_models(site, plan, adapter) as models:
+        for name, make_ready in models.items():
+            deadline.check("evaluating")
+            values = evaluate_patients(make_ready(), test, plan.data.classes, plan.data.image_size, plan.evaluation)
+            released += release_metrics(name, values, plan.evaluation, site.policy, seed)
+    return released

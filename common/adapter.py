@@ -1,0 +1,117 @@
+"""Adapters: the small named tensors that hospitals train and exchange instead of images.
+
+Naming of tensors, which aggregation, screening and egress rely on:
+
+``<layer>.lora_A`` (r, in) and ``<layer>.lora_B`` (out, r)
+    the trainable factors of a layer; its weight changes by ``lora_B @ lora_A`` (no further scaling).
+``<layer>.folded_A`` (f, in) and ``<layer>.folded_B`` (out, f)
+    factors that a site adds to its frozen base before training; sent down, never trained, never sent up.
+anything else
+    a dense tensor that is trained and averaged as it is (the decoder, a head).
+
+A convolution's factors are those of its weight flattened to (out, in * kernel * kernel).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from common.errors import ArtefactError
+
+FACTOR_SUFFIXES = ("lora_A", "lora_B", "folded_A", "folded_B")
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and raw values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Frozen, named tensors for one base model.
+
+    Attributes:
+        tensors: name -> tensor, named as the module says. Never aliases of live parameters.
+        base_sha256: digest of the base checkpoint that the tensors belong to.
+        rank: rank of the trainable factors.
+    """
+
+    tensors: Mapping[str, Tensor]
+    base_sha256: str
+    rank: int
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the base's digest and every tensor."""
+        return hashlib.sha256(f"{self.base_sha256}|{tensors_digest(self.tensors)}".encode()).hexdigest()
+
+    @property
+    def elements(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    def layers(self) -> list[str]:
+        """The layers that carry trainable factors, in order."""
+        return sorted(name.removesuffix(".lora_A") for name in self.tensors if name.endswith(".lora_A"))
+
+    def trained(self) -> Adapter:
+        """Without the folded factors: what a site trains and sends up."""
+        kept = {name: tensor for name, tensor in self.tensors.items() if ".folded_" not in name}
+        return replace(self, tensors=kept)
+
+    def change(self, layer: str) -> Tensor:
+        """The whole change of ``layer``'s weight (out, in): trainable and folded factors together."""
+        total = self.tensors[f"{layer}.lora_B"] @ self.tensors[f"{layer}.lora_A"]
+        if f"{layer}.folded_A" in self.tensors:
+            total = total + self.tensors[f"{layer}.folded_B"] @ self.tensors[f"{layer}.folded_A"]
+        return total
+
+    def to_bytes(self) -> bytes:
+        """The adapter as a safetensors file, which `load` reads."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        return save(tensors, metadata={"base_sha256": self.base_sha256, "rank": str(self.rank)})
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(self.to_bytes())
+
+    @classmethod
+    def load(cls, path: Path) -> Adapter:
+        """Raises ``ArtefactError`` if ``path`` is no adapter of ours."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            return cls(tensors, metadata["base_sha256"], int(metadata["rank"]))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ArtefactError(f"{path} is not a Wardround adapter: {error}") from error
+
+
+@dataclass(frozen=True)
+class AdapterUpdate:
+    """What leaves a site after training: its trained tensors and how to weigh them.
+
+    Attributes:
+        adapter: trained factors and dense tensors; no folded factors.
+        weight: declared patient count, capped by the site's policy.
+        started_from: digest of the adapter that the site was sent.
+        mechanism: the differential-privacy event behind it, or "none".
+        losses: mean training loss of the first and of the last tenth of the steps.
+    """
+
+    adapter: Adapter
+    weight: float
+    started_from: str
+    mechanism: str = "none"
+    losses: tuple[float, float] = (float("nan"), float("nan"))

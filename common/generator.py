@@ -1,0 +1,140 @@
+"""The generator: a small diffusion network that paints an image in a given style on a given mask.
+
+It works on Haar coefficients at half resolution (the price of 48 px for 96 px images) and predicts the clean
+image directly, as a correction to a *palette*: the mask painted with the style's two mean colours. At few
+training steps this is far cleaner than predicting noise or velocity. Noise schedule: cosine (Nichol and
+Dhariwal 2021); loss weight 1 + min(SNR, 5) / 2 (after Hang et al. 2023, Min-SNR).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common import checkpoints
+from common.adapter import Adapter
+from common.lora import AdapterSlots
+from common.recipe import GeneratorConfig
+from common.seeding import derive_seed
+from common.style import STYLE_BOUNDS, STYLE_FIELDS
+
+SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+
+generators_built = 0  # how many networks this process has built: tests assert that it stays at one
+
+
+def haar(image: Tensor) -> Tensor:
+    """(B, 3, S, S) -> (B, 12, S/2, S/2): means, then three details (scaled x 3 to a similar range)."""
+    a, b = image[..., ::2, ::2], image[..., ::2, 1::2]
+    c, d = image[..., 1::2, ::2], image[..., 1::2, 1::2]
+    detail = [a - b + c - d, a + b - c - d, a - b - c + d]
+    return torch.cat([(a + b + c + d) / 4, *(3 * part / 4 for part in detail)], 1)
+
+
+def inverse_haar(bands: Tensor) -> Tensor:
+    """The inverse of `haar`."""
+    mean, x, y, z = bands.chunk(4, 1)
+    x, y, z = x / 3, y / 3, z / 3
+    a, b, c, d = mean + x + y + z, mean - x + y - z, mean + x - y - z, mean - x - y + z
+    image = mean.new_empty(*mean.shape[:2], 2 * mean.shape[2], 2 * mean.shape[3])
+    image[..., ::2, ::2], image[..., ::2, 1::2] = a, b
+    image[..., 1::2, ::2], image[..., 1::2, 1::2] = c, d
+    return image
+
+
+def palette(mask: Tensor, style: Tensor) -> Tensor:
+    """The mask (B, 1, S, S) painted with the style's (B, 14) mean colours: (B, 3, S, S) in [-1, 1]."""
+    foreground, background = style[:, 0:3, None, None], style[:, 6:9, None, None]
+    return (mask * foreground + (1 - mask) * background) * 2 - 1
+
+
+class StyleDiffusion(nn.Module):
+    """Denoiser: noisy Haar image, time, mask and style -> clean Haar image, in [-1, 1] image range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = UNet2DModel(
+            sample_size=48, in_channels=12 + 4 + 3, out_channels=12, block_out_channels=(24, 40, 56),
+            layers_per_block=1, norm_num_groups=8, class_embed_type="identity", attention_head_dim=8,
+            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+        self.style = nn.Sequential(nn.Linear(len(STYLE_FIELDS), 96), nn.SiLU(), nn.Linear(96, 96))
+        nn.init.zeros_(self.unet.conv_out.weight)
+        nn.init.zeros_(self.unet.conv_out.bias)
+        bounds = torch.tensor(STYLE_BOUNDS)
+        self.register_buffer("style_low", bounds[:, 0], persistent=False)
+        self.register_buffer("style_range", bounds[:, 1] - bounds[:, 0], persistent=False)
+
+    def forward(self, noisy: Tensor, time: Tensor, mask: Tensor, style: Tensor) -> Tensor:
+        """``noisy`` (B, 12, S/2, S/2), ``time`` (B,) steps, ``mask`` (B, 1, S, S), ``style`` (B, 14)."""
+        painted = palette(mask, style)
+        bands = haar(painted)
+        condition = torch.cat([noisy, F.pixel_unshuffle(mask, 2), bands[:, :3]], 1)
+        embedded = self.style((style - self.style_low) / self.style_range * 4 - 2)
+        correction = self.unet(condition, time, class_labels=embedded).sample
+        return bands + 0.5 * correction
+
+
+def noise_scheduler() -> DDPMScheduler:
+    return DDPMScheduler(prediction_type="sample", **SCHEDULE)
+
+
+def diffusion_loss(
+    network: StyleDiffusion, image: Tensor, mask: Tensor, style: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Weighted squared error of the clean image at a random time; ``image`` (B, 3, S, S) in [0, 1]."""
+    clean = haar(image * 2 - 1)
+    alphas = noise_scheduler().alphas_cumprod
+    time = torch.randint(0, len(alphas), (len(image),), generator=generator)
+    share = alphas[time].view(-1, 1, 1, 1)
+    noise = torch.randn(clean.shape, generator=generator)
+    noisy = share.sqrt() * clean + (1 - share).sqrt() * noise
+    error = (network(noisy, time, mask, style) - clean).square().mean((1, 2, 3))
+    signal_to_noise = (share / (1 - share)).flatten()
+    return (error * (1 + 0.5 * signal_to_noise.clamp(max=5))).mean()
+
+
+def shipped_generator(name: str) -> StyleDiffusion:
+    checkpoints.card(name)
+    network = StyleDiffusion()
+    network.load_state_dict(checkpoints.load_tensors(name))
+    return network
+
+
+class ResidentGenerator:
+    """The one generator of this process, with slots for a site's or the federation's adapter."""
+
+    def __init__(self, name: str, rank: int) -> None:
+        global generators_built
+        self.network = shipped_generator(name)
+        self.slots = AdapterSlots(self.network, TARGETS, rank, [], checkpoints.base_sha256(name))
+        self.network.eval()
+        generators_built += 1
+
+    @contextmanager
+    def visit(self, adapter: Adapter, train: bool = False) -> Iterator[StyleDiffusion]:
+        """The generator with ``adapter`` written into it; nothing of another adapter is left."""
+        with self.slots.visit(adapter, train):
+            yield self.network
+
+
+@lru_cache(maxsize=2)
+def resident_generator(name: str, rank: int) -> ResidentGenerator:
+    return ResidentGenerator(name, rank)
+
+
+def initial_adapter(config: GeneratorConfig, seed: int) -> Adapter:
+    """What the federated scope's first round starts from."""
+    return resident_generator(config.name, config.rank).slots.initial(derive_seed(seed, "generator", "lora_A"))
+
+
+def base_sha256(name: str) -> str:
+    return checkpoints.base_sha256(name)

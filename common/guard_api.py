@@ -1,0 +1,107 @@
+"""The guard's contract: the only verbs through which a courier reaches a hospital's data.
+
+In a deployment the guard is a process of the site's own and this contract crosses a Unix socket; in a
+simulation the same guard runs inside the process (``in-process:FOLDER``), which enforces nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from common.adapter import Adapter, AdapterUpdate
+from common.errors import UsageError
+from common.plan import Round, RunPlan
+from common.style import StyleSummary
+
+
+@dataclass(frozen=True)
+class PlanAnswer:
+    """A site's word on a plan. ``code`` is empty when it agrees; it never depends on data."""
+
+    site: str
+    agrees: bool
+    plan_sha256: str
+    code: str = ""
+    field: str = ""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One released number: a mean over patients with its bootstrap interval.
+
+    ``value`` and ``ci95`` are None when ``patients`` is below the site's minimum; ``reason`` says so.
+    """
+
+    model: str
+    metric: str
+    class_name: str
+    value: float | None
+    ci95: tuple[float, float] | None
+    patients: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class StudentNote:
+    """What a site says of its student: never the student itself."""
+
+    site: str
+    name: str
+    params: int
+    sha256: str
+    latency_ms: float
+    teacher_latency_ms: float
+    generated: int
+    kept: int
+    dropped_inconsistent: int
+
+
+@dataclass(frozen=True)
+class SiteCounts:
+    """Sizes that a site agrees to show: patients and images, and patients a split."""
+
+    patients: int
+    images: int
+    train: int
+    val: int
+    test: int
+
+
+@dataclass(frozen=True)
+class SiteMetrics:
+    site: str
+    counts: SiteCounts
+    metrics: list[Metric] = field(default_factory=list)
+
+
+class GuardApi(Protocol):
+    """Every verb checks the plan's digest, and sends its answer through `client.egress`."""
+
+    def propose(self, plan: RunPlan, order: Round) -> PlanAnswer: ...
+
+    def adapt(self, order: Round, adapter: Adapter) -> AdapterUpdate: ...
+
+    def style(self, order: Round) -> StyleSummary: ...
+
+    def train_generator(self, order: Round, adapter: Adapter) -> AdapterUpdate: ...
+
+    def train_student(
+        self, order: Round, adapter: Adapter, styles: dict[str, StyleSummary], generator: Adapter | None
+    ) -> StudentNote: ...
+
+    def evaluate(self, order: Round, adapter: Adapter) -> SiteMetrics: ...
+
+
+def connect(address: str) -> GuardApi:
+    """The guard at ``address``. Raises ``UsageError`` for an address of another kind.
+
+    ``in-process:FOLDER`` resolves the guard's module by name at run time, so that `common` does not
+    import `client`, and a courier on a deployed site never loads the guard's code.
+    """
+    kind, _, rest = address.partition(":")
+    if kind != "in-process" or not rest:
+        raise UsageError(f"no guard at {address!r}: this version knows in-process:FOLDER")
+    guard: GuardApi = importlib.import_module("client.guard").open_guard(rest)
+    return guard

@@ -1,0 +1,149 @@
+"""What a site consents to (`RunPlan`) and the orders of one round (`Round`).
+
+A plan is plain data with one canonical text, so that its digest names the whole job: every setting, the
+base models, and each tensor that may leave a site.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from enum import StrEnum
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from common.canonical import canonical_json, sha256_of
+from common.errors import ArtefactError
+from common.recipe import (
+    DataConfig,
+    EvaluationConfig,
+    GeneratorConfig,
+    PrivacyConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+
+
+class Stage(StrEnum):
+    propose = "propose"
+    adapt = "adapt"
+    style = "style"
+    generator = "generator"
+    student = "student"
+    evaluate = "evaluate"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor that may leave a site: exact name, shape and dtype (``float32``)."""
+
+    name: str
+    shape: list[int]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class PayloadSpec:
+    """Everything that may leave a site in one stage.
+
+    Attributes:
+        tensors: exactly these tensors, no more and no fewer.
+        numbers: names of the plain numbers or tables allowed beside them.
+        max_bytes: of the whole payload.
+    """
+
+    stage: Stage
+    tensors: list[TensorSpec]
+    numbers: list[str]
+    max_bytes: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The whole job, as every site is asked to agree to it.
+
+    Attributes:
+        code_sha256: digest of this project's source files on the proposing side.
+        models: base model name -> SHA-256 of its weights.
+        stages: in their order.
+        data: how images are read; ``root`` is None, for where files lie is the site's own business.
+        payloads: what may leave a site, one entry a stage that sends anything.
+        baselines: models that each site trains beside its student, for comparison.
+    """
+
+    run_id: str
+    seed: int
+    rounds: int
+    code_sha256: str
+    models: dict[str, str]
+    stages: list[Stage]
+    payloads: list[PayloadSpec]
+    data: DataConfig
+    teacher: TeacherConfig
+    generator: GeneratorConfig
+    student: StudentConfig
+    privacy: PrivacyConfig
+    evaluation: EvaluationConfig
+    baselines: list[str]
+
+    def to_json(self) -> str:
+        return canonical_json(asdict(self))
+
+    @property
+    def digest(self) -> str:
+        return sha256_of(asdict(self))
+
+    def payload(self, stage: Stage) -> PayloadSpec | None:
+        return next((payload for payload in self.payloads if payload.stage == stage), None)
+
+    @classmethod
+    def from_json(cls, text: str) -> RunPlan:
+        """Raises ``ArtefactError`` if ``text`` is not a plan of this version."""
+        import json
+
+        try:
+            plan = rebuild(cls, json.loads(text))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ArtefactError(f"not a run plan of this version: {error}") from error
+        assert isinstance(plan, cls)
+        return plan
+
+
+@dataclass(frozen=True)
+class Round:
+    """Read-only orders for one message.
+
+    Attributes:
+        index: 0-based within the stage.
+        deadline_s: how long the site may take; checked between optimiser steps.
+        nonce: fresh for every message; an answer carries it back.
+    """
+
+    plan_sha256: str
+    stage: Stage
+    index: int
+    deadline_s: float
+    nonce: str
+
+
+def rebuild(kind: Any, value: Any) -> Any:
+    """Turn plain JSON values back into dataclasses, enums and lists; unknown keys raise ``TypeError``."""
+    if get_origin(kind) in (Union, UnionType):
+        inner = [arm for arm in get_args(kind) if arm is not type(None)]
+        return None if value is None else rebuild(inner[0], value)
+    if is_dataclass(kind) and isinstance(kind, type):
+        hints = get_type_hints(kind)
+        unknown = set(value) - {item.name for item in fields(kind)}
+        if unknown:
+            raise TypeError(f"unknown keys {sorted(unknown)} in {kind.__name__}")
+        return kind(**{name: rebuild(hints[name], entry) for name, entry in value.items()})
+    if get_origin(kind) is list:
+        return [rebuild(get_args(kind)[0], entry) for entry in value]
+    if get_origin(kind) is dict:
+        return {key: rebuild(get_args(kind)[1], entry) for key, entry in value.items()}
+    if get_origin(kind) is tuple:
+        return tuple(value)
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return kind(value)
+    if kind is float and isinstance(value, int):
+        return float(value)
+    return value

@@ -1,0 +1,251 @@
+"""What a recipe may say: the schema, as frozen dataclasses.
+
+`common.config` reads YAML into these and checks them; the rest of the house receives them typed. The
+sections that a site must agree to (``TeacherConfig`` to ``EvaluationConfig``) travel inside the
+`RunPlan`, so that what a site consents to and what it trains with are one object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+# Names that a recipe may use. The modules that build these things register the same names (a test
+# compares them); they stand here so that a recipe is checked without loading any of those modules.
+TEACHERS = ("ward-sam-tiny",)
+ADAPTER_PRESETS = ("base", "lite")
+GENERATORS = ("ward-diffusion-tiny",)
+STUDENTS = ("unet-xs",)
+AGGREGATION_RULES = ("exact_split", "fedit")
+PRETRAINED_HEADS = ("vessel", "blob", "region", "bright", "dark")
+BASELINES = (
+    "local_only",
+    "local_only_scratch",
+    "no_synthetic",
+    "no_distillation",
+    "no_federation",
+    "local_teacher",
+)
+
+
+class Engine(StrEnum):
+    loopback = "loopback"
+    ray = "ray"
+
+
+class Anatomy(StrEnum):
+    lesions = "lesions"  # speckled, ultrasound-like, one or two lesions
+    vessels = "vessels"  # branching trees in a round field of view
+    cells = "cells"  # many small bodies, bright or stained
+
+
+class GeneratorScope(StrEnum):
+    style = "style"  # the shipped generator, driven by every site's style summary; never trained on a real pixel
+    local = "local"  # fine-tuned on the site's own images, sampling the site's own styles
+    federated = "federated"  # its adapter fine-tuned at the sites and aggregated, sampling every site's styles
+    none = "none"  # no synthetic image
+
+
+class SyntheticLabels(StrEnum):
+    soft = "soft"  # the teacher's probabilities
+    mask = "mask"  # the conditioning mask
+    both = "both"  # their mean
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    seed: int = 0
+    rounds: int = 3
+    engine: Engine = Engine.loopback
+    threads: int = 1  # torch threads of each worker; a result is reproducible for one value of it
+    device: str = "cpu"
+    min_sites: int = 2  # a round with fewer replies fails the run
+    site_deadline_s: float = 1800.0  # for one site's answer to one message
+
+
+@dataclass(frozen=True)
+class ClassConfig:
+    """One foreground class: its pixel value in the masks, and the pre-trained head it starts from."""
+
+    name: str = "foreground"
+    label: int = 255
+    like: str = "region"  # vessel | blob | region | bright | dark
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    root: str | None = None  # where real sets lie; recipes that need one say so
+    image_size: int = 96  # side of a training patch and of a synthetic image, pixels
+    longest_side: int | None = None  # images are resized so that their longest side is this, pixels
+    classes: list[ClassConfig] = field(default_factory=lambda: [ClassConfig()])
+    field_of_view: bool = False  # a dark surround is no part of the image (fundus cameras)
+    min_patients: int = 2  # fewer labelled training patients than this is a fault
+
+
+@dataclass(frozen=True)
+class ScannerConfig:
+    """How a simulated site's machine turns tissue into pixels."""
+
+    gain: float = 1.0
+    gamma: float = 1.0
+    blur: float = 0.6  # standard deviation of the point spread, pixels
+    speckle: float = 0.35  # 0 none, 1 fully developed
+    noise: float = 0.02  # standard deviation of additive noise, of the full range
+    contrast: float = 0.3  # object against its background, of the full range
+    bright_objects: bool = False
+    tint: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+
+
+@dataclass(frozen=True)
+class PhantomConfig:
+    anatomy: Anatomy = Anatomy.lesions
+    train_patients: int = 12
+    val_patients: int = 2
+    test_patients: int = 12
+    images_per_patient: int = 2
+    unlabelled_patients: int = 0
+    image_size: int = 96
+    object_size: list[float] = field(default_factory=lambda: [0.08, 0.2])  # radius, share of the image side
+    scanner: ScannerConfig = field(default_factory=ScannerConfig)
+
+
+@dataclass(frozen=True)
+class CutConfig:
+    """A part of a data set below ``data.root`` that has an ``index.csv``."""
+
+    dataset: str = ""
+    group: str | None = None  # None: every group
+    labelled: int | None = None  # labelled training images; None: all
+    image_suffix: str = ""
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """One hospital: exactly one of ``manifest``, ``cut`` and ``phantom`` says where its data come from."""
+
+    name: str = ""
+    manifest: str | None = None
+    cut: CutConfig | None = None
+    phantom: PhantomConfig | None = None
+    student: str | None = None  # None: the recipe's student.name
+
+
+@dataclass(frozen=True)
+class CohortConfig:
+    """A data set below ``data.root`` cut into sites by a Dirichlet mixture over its groups."""
+
+    dataset: str = ""
+    sites: int = 4
+    alpha: float = 0.5
+    labelled: int = 30  # labelled training images a site
+    unlabelled: int = 90  # at most this many unlabelled training images a site
+    test_fraction: float = 0.25  # of every group
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    name: str = "ward-sam-tiny"
+    adapter: str = "base"  # preset: which layers carry LoRA
+    rank: int = 8
+    train_decoder: bool = True
+    steps: int = 30  # optimiser steps a site and round
+    batch_size: int = 8
+    learning_rate: float = 2e-3
+
+
+@dataclass(frozen=True)
+class AggregationConfig:
+    rule: str = "exact_split"
+    energy: float = 0.999  # share of the update's squared Frobenius norm that goes down to the sites
+    max_rank: int = 64  # cap on the rank that goes down
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    name: str = "ward-diffusion-tiny"
+    scope: GeneratorScope = GeneratorScope.style
+    images: int = 120  # synthetic images a site
+    sampler_steps: int = 15  # denoiser calls an image
+    style_groups: int = 5  # at most this many appearance groups a site
+    keep_dice: float = 0.5  # an image whose teacher mask agrees less with its conditioning mask is dropped
+    rounds: int = 1  # federated scope: adapter rounds
+    steps: int = 30  # local and federated scope: optimiser steps a site and round
+    rank: int = 8
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    name: str = "unet-xs"
+    steps: int = 120
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    temperature: float = 2.0
+    supervised_weight: float = 1.0
+    logit_weight: float = 1.0
+    feature_weight: float = 0.1
+    synthetic_share: float = 0.5  # of each batch's unlabelled half
+    synthetic_labels: SyntheticLabels = SyntheticLabels.soft
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy. All None: none, and the report says NO GUARANTEE."""
+
+    epsilon: float | None = None
+    noise_multiplier: float | None = None
+    delta: float = 1e-5
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """What a site allows, whatever the server asks."""
+
+    min_group_patients: int = 5  # a style group of fewer patients is not shared
+    min_cell_patients: int = 5  # a metric over fewer patients is not shared
+    max_weight: int = 1000  # cap on the declared patient count
+    max_payload_mb: float = 64.0
+    allow_style: bool = True
+    allow_generator: bool = True
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    nsd_tolerance: float = 2.0  # mm where the manifest gives a spacing, else pixels
+    bootstrap: int = 1000  # resamples of the patients
+    overlap: float = 0.25  # of neighbouring tiles in sliding-window inference
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. ``baselines`` are names from `client.distillation.VARIANTS`, or ``local_teacher``."""
+
+    name: str = ""
+    description: str = ""
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sites: list[SiteConfig] = field(default_factory=list)
+    cohort: CohortConfig | None = None
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    baselines: list[str] = field(default_factory=lambda: ["local_only", "local_only_scratch"])
+
+
+@dataclass(frozen=True)
+class SiteFile:
+    """``site.yaml``: what a hospital says of itself. The guard reads it; the server never writes it.
+
+    ``manifest`` is relative to the file. ``student`` None takes the plan's.
+    """
+
+    name: str = ""
+    manifest: str = "data/manifest.csv"
+    student: str | None = None
+    policy: PolicyConfig = field(default_factory=PolicyConfig)

@@ -1,0 +1,338 @@
+"""What a recipe's values must satisfy, one by one (`RANGES`, `NAMES`) and together (`recipe_faults`).
+
+Only names and numbers are looked at, apart from `file_faults`, which looks for the named files.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from common import recipe as schema
+from common.recipe import Recipe, SiteConfig, SiteFile
+from common.schema_check import Fault, choose_from
+
+SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")  # a folder's name on every system
+RECIPE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+DEVICE = re.compile(r"cpu|cuda(:\d+)?|mps")
+
+
+@dataclass(frozen=True)
+class Range:
+    """``low`` to ``high``; an end that is ``open`` does not belong to it."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        if math.isinf(self.high):
+            return low
+        return f"{low} and {'below' if self.open_high else 'at most'} {self.high:g}"
+
+
+COUNT = Range(1)
+NOT_NEGATIVE = Range(0)
+POSITIVE = Range(0, open_low=True)
+SHARE = Range(0, 1)
+OPEN_SHARE = Range(0, 1, open_low=True, open_high=True)
+
+RANGES: dict[type, dict[str, Range]] = {
+    schema.RunConfig: {
+        "seed": NOT_NEGATIVE,
+        "rounds": COUNT,
+        "threads": COUNT,
+        "min_sites": COUNT,
+        "site_deadline_s": POSITIVE,
+    },
+    schema.ClassConfig: {"label": Range(1, 255)},
+    schema.DataConfig: {
+        "image_size": Range(32, 1024),
+        "longest_side": Range(32, 8192),
+        "min_patients": COUNT,
+    },
+    schema.ScannerConfig: {
+        "gain": POSITIVE,
+        "gamma": POSITIVE,
+        "blur": NOT_NEGATIVE,
+        "speckle": SHARE,
+        "noise": SHARE,
+        "contrast": Range(0, 1, open_low=True),
+    },
+    schema.PhantomConfig: {
+        "train_patients": COUNT,
+        "val_patients": NOT_NEGATIVE,
+        "test_patients": COUNT,
+        "images_per_patient": COUNT,
+        "unlabelled_patients": NOT_NEGATIVE,
+        "image_size": Range(32, 1024),
+    },
+    schema.CutConfig: {"labelled": COUNT},
+    schema.CohortConfig: {
+        "sites": COUNT,
+        "alpha": POSITIVE,
+        "labelled": COUNT,
+        "unlabelled": NOT_NEGATIVE,
+        "test_fraction": OPEN_SHARE,
+    },
+    schema.TeacherConfig: {"rank": COUNT, "steps": COUNT, "batch_size": COUNT, "learning_rate": POSITIVE},
+    schema.AggregationConfig: {"energy": Range(0, 1, open_low=True), "max_rank": COUNT},
+    schema.GeneratorConfig: {
+        "images": COUNT,
+        "sampler_steps": COUNT,
+        "style_groups": COUNT,
+        "keep_dice": SHARE,
+        "rounds": COUNT,
+        "steps": COUNT,
+        "rank": COUNT,
+        "batch_size": COUNT,
+        "learning_rate": POSITIVE,
+    },
+    schema.StudentConfig: {
+        "steps": COUNT,
+        "batch_size": COUNT,
+        "learning_rate": POSITIVE,
+        "temperature": POSITIVE,
+        "supervised_weight": NOT_NEGATIVE,
+        "logit_weight": NOT_NEGATIVE,
+        "feature_weight": NOT_NEGATIVE,
+        "synthetic_share": SHARE,
+    },
+    schema.PolicyConfig: {
+        "min_group_patients": COUNT,
+        "min_cell_patients": COUNT,
+        "max_weight": COUNT,
+        "max_payload_mb": POSITIVE,
+    },
+    schema.PrivacyConfig: {"delta": OPEN_SHARE},
+    schema.EvaluationConfig: {
+        "nsd_tolerance": POSITIVE,
+        "bootstrap": COUNT,
+        "overlap": Range(0, 1, open_high=True),
+    },
+}
+
+NAMES: dict[type, dict[str, tuple[str, ...]]] = {
+    schema.ClassConfig: {"like": schema.PRETRAINED_HEADS},
+    schema.TeacherConfig: {"name": schema.TEACHERS, "adapter": schema.ADAPTER_PRESETS},
+    schema.AggregationConfig: {"rule": schema.AGGREGATION_RULES},
+    schema.GeneratorConfig: {"name": schema.GENERATORS},
+    schema.StudentConfig: {"name": schema.STUDENTS},
+    SiteConfig: {"student": schema.STUDENTS},
+    SiteFile: {"student": schema.STUDENTS},
+}
+
+
+def value_faults(section: Any, key: str = "") -> Iterator[Fault]:
+    """Every value of a section, and of those below it, against `RANGES` and `NAMES`."""
+    ranges, names = RANGES.get(type(section), {}), NAMES.get(type(section), {})
+    for item in fields(section):
+        value = getattr(section, item.name)
+        path = f"{key}.{item.name}" if key else item.name
+        if value is None:
+            continue
+        if item.name in ranges and not ranges[item.name].holds(value):
+            yield Fault(path, f"{value} is out of range", f"it must be {ranges[item.name]}")
+        if item.name in names and value not in names[item.name]:
+            yield Fault(path, f"there is no {value!r}", choose_from(value, names[item.name]))
+        for inner_path, inner in _sections(path, value):
+            yield from value_faults(inner, inner_path)
+
+
+def _sections(path: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, list):
+        return [(f"{path}[{index}]", entry) for index, entry in enumerate(value) if is_dataclass(entry)]
+    return [(path, value)] if is_dataclass(value) else []
+
+
+def recipe_faults(recipe: Recipe) -> list[Fault]:
+    """Everything that is wrong with the values of a recipe, one by one and together."""
+    faults = list(value_faults(recipe))
+    if not RECIPE_NAME.fullmatch(recipe.name):
+        faults.append(
+            Fault("name", f"{recipe.name!r} cannot name a folder", "use letters, digits, '-', '_' and '.'")
+        )
+    if not DEVICE.fullmatch(recipe.run.device):
+        faults.append(
+            Fault("run.device", f"there is no {recipe.run.device!r}", "choose from cpu, cuda, cuda:N, mps")
+        )
+    faults += _privacy_faults(recipe)
+    faults += _data_faults(recipe)
+    faults += _consortium_faults(recipe)
+    for index, site in enumerate(recipe.sites):
+        faults += _site_faults(site, f"sites[{index}]", recipe)
+    faults += _baseline_faults(recipe.baselines)
+    return faults
+
+
+def _privacy_faults(recipe: Recipe) -> Iterator[Fault]:
+    for name in ("epsilon", "noise_multiplier"):
+        if getattr(recipe.privacy, name) is not None:
+            yield Fault(
+                f"privacy.{name}",
+                "differential privacy is not in this version",
+                "leave it empty (no guarantee)",
+            )
+
+
+def _data_faults(recipe: Recipe) -> Iterator[Fault]:
+    data = recipe.data
+    if data.image_size % 32:
+        lower = max(32, data.image_size // 32 * 32)
+        yield Fault(
+            "data.image_size",
+            f"{data.image_size} is not a multiple of 32",
+            f"use {lower} or {lower + 32}, for example",
+        )
+    if not data.classes:
+        yield Fault("data.classes", "there is no class", "name at least one: [{name: lesion, label: 255}]")
+    for index, name in _repeated([entry.name for entry in data.classes]):
+        yield Fault(
+            f"data.classes[{index}].name", f"another class has the name {name!r}", "give each its own"
+        )
+    for index, label in _repeated([entry.label for entry in data.classes]):
+        yield Fault(
+            f"data.classes[{index}].label", f"another class has the label {label}", "give each its own"
+        )
+    for index, entry in enumerate(data.classes):
+        if not entry.name:
+            yield Fault(f"data.classes[{index}].name", "it is empty", "name the class, such as lesion")
+
+
+def _consortium_faults(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.sites and recipe.cohort:
+        yield Fault(
+            "cohort", "there are sites and a cohort", "keep one of them: a cohort makes its own sites"
+        )
+    if not recipe.sites and not recipe.cohort:
+        yield Fault("sites", "there are neither sites nor a cohort", "name at least two sites, or a cohort")
+    planned = len(recipe.sites) or (recipe.cohort.sites if recipe.cohort else 0)
+    if 0 < planned < recipe.run.min_sites:
+        yield Fault(
+            "run.min_sites",
+            f"it asks for {recipe.run.min_sites} sites and the recipe has {planned}",
+            "add sites, or lower run.min_sites",
+        )
+    for index, name in _repeated([site.name for site in recipe.sites]):
+        yield Fault(f"sites[{index}].name", f"another site is called {name!r}", "give each site its own name")
+    if recipe.cohort and not recipe.cohort.dataset:
+        yield Fault("cohort.dataset", "it is empty", "name a data set below data.root, such as DSB2018_96")
+    if recipe.data.root is None and (recipe.cohort or any(site.cut for site in recipe.sites)):
+        yield Fault(
+            "data.root", "the recipe needs real images and nobody says where they lie", "add data.root=FOLDER"
+        )
+    yield from _shared_cuts(recipe.sites)
+
+
+def _shared_cuts(sites: list[SiteConfig]) -> Iterator[Fault]:
+    """Two hospitals must not hold the same patients: one would test on what the other trained on."""
+    cuts = [(index, site.cut) for index, site in enumerate(sites) if site.cut]
+    for position, (index, cut) in enumerate(cuts):
+        for other, earlier in cuts[:position]:
+            same = cut.dataset == earlier.dataset and cut.image_suffix == earlier.image_suffix
+            if same and (cut.group == earlier.group or None in (cut.group, earlier.group)):
+                fix = "give each its own cut.group"
+                yield Fault(f"sites[{index}].cut", f"it holds patients of sites[{other}] too", fix)
+
+
+def _site_faults(site: SiteConfig, key: str, recipe: Recipe) -> Iterator[Fault]:
+    if not SITE_NAME.fullmatch(site.name):
+        yield Fault(
+            f"{key}.name",
+            f"{site.name!r} cannot name a site's folder",
+            "use lower-case letters, digits and '-'",
+        )
+    sources = [name for name in ("manifest", "cut", "phantom") if getattr(site, name) is not None]
+    if len(sources) != 1:
+        found = f"it has {' and '.join(sources)}" if sources else "it has no images"
+        yield Fault(key, found, "give exactly one of manifest, cut and phantom")
+    if site.cut and not site.cut.dataset:
+        yield Fault(f"{key}.cut.dataset", "it is empty", "name a data set below data.root, such as HRF")
+    if site.phantom:
+        yield from _phantom_faults(site.phantom, f"{key}.phantom", recipe)
+
+
+def _phantom_faults(phantom: schema.PhantomConfig, key: str, recipe: Recipe) -> Iterator[Fault]:
+    if phantom.train_patients < recipe.data.min_patients:
+        yield Fault(
+            f"{key}.train_patients",
+            f"{phantom.train_patients} are fewer than data.min_patients ({recipe.data.min_patients})",
+            "raise one or lower the other",
+        )
+    size = phantom.object_size
+    if len(size) != 2 or not 0 < size[0] <= size[1] < 0.5:
+        yield Fault(
+            f"{key}.object_size", f"{size} is no range of radii", "give two shares of the side, [0.08, 0.2]"
+        )
+    tint = phantom.scanner.tint
+    if len(tint) != 3 or any(not 0 <= value <= 4 for value in tint):
+        yield Fault(
+            f"{key}.scanner.tint", f"{tint} is no tint", "give three factors (red, green, blue), 0 to 4"
+        )
+
+
+def _baseline_faults(baselines: list[str]) -> Iterator[Fault]:
+    for index, name in enumerate(baselines):
+        if name not in schema.BASELINES:
+            yield Fault(f"baselines[{index}]", f"there is no {name!r}", choose_from(name, schema.BASELINES))
+    for index, name in _repeated(baselines):
+        yield Fault(f"baselines[{index}]", f"{name!r} is named twice", "name it once")
+
+
+def file_faults(recipe: Recipe) -> Iterator[Fault]:
+    """The folders and manifests that the recipe names and that are not there."""
+    if recipe.data.root is not None:
+        yield from _root_faults(recipe, Path(recipe.data.root))
+    for index, site in enumerate(recipe.sites):
+        if site.manifest is not None and not Path(site.manifest).is_file():
+            yield Fault(
+                f"sites[{index}].manifest", f"there is no file {site.manifest}", "name a manifest (CSV)"
+            )
+
+
+def _root_faults(recipe: Recipe, root: Path) -> Iterator[Fault]:
+    if not root.is_dir():
+        yield Fault("data.root", f"there is no folder {root}", "name the folder that holds the data sets")
+        return
+    datasets = {
+        f"sites[{index}].cut.dataset": site.cut.dataset for index, site in enumerate(recipe.sites) if site.cut
+    }
+    if recipe.cohort:
+        datasets["cohort.dataset"] = recipe.cohort.dataset
+    for key, dataset in datasets.items():
+        if dataset and not (root / dataset / "index.csv").is_file():
+            there = sorted(path.parent.name for path in root.glob("*/index.csv"))
+            fix = choose_from(dataset, there) if there else "put the data set there"
+            yield Fault(key, f"there is no {root / dataset / 'index.csv'}", fix)
+
+
+def site_file_faults(site: SiteFile) -> list[Fault]:
+    """Everything that is wrong with the values of a ``site.yaml``."""
+    faults = list(value_faults(site))
+    if not SITE_NAME.fullmatch(site.name):
+        faults.append(
+            Fault("name", f"{site.name!r} cannot name a site", "use lower-case letters, digits and '-'")
+        )
+    if not site.manifest:
+        faults.append(Fault("manifest", "it is empty", "name the manifest, such as data/manifest.csv"))
+    return faults
+
+
+def _repeated(values: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """Index and value of each entry that an earlier one equals."""
+    seen = set()
+    for index, value in enumerate(values):
+        if value in seen:
+            yield index, value
+        seen.add(value)

@@ -1,0 +1,1 @@
+"""The coordinator: phases, collection, screening, aggregation, state and the report."""

@@ -1,0 +1,279 @@
+"""Collection: push, pull one by one, take in the sites' order, drop. Memory does not grow with the sites.
+
+Every reply has its own deadline, counted on this machine from its push. A reply that arrives before its
+turn waits on the disk, so that folding in the sites' order (which makes a run reproducible) costs no memory.
+Flower's pull can block for minutes on a half-uploaded reply; each pull therefore runs in a thread of its
+own, which the loop stops waiting for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from common import progress, wire
+from common.adapter import AdapterUpdate
+from common.errors import ArtefactError, DeadlinePassed
+from common.plan import Stage
+from server.durable import write_atomic
+from server.events import EventLog
+from server.report.schema import Rejection
+
+POLL_S = 0.1
+PULL_PATIENCE_S = 0.2  # how long the loop stands beside a pull; a longer one goes on in its thread
+STUCK_S = 10.0  # a pull older than this no longer counts as one of the two that may run
+PULLS_AT_ONCE = 2
+TTL_SLACK_S = 60.0
+DEADLINE = DeadlinePassed.border_code
+NOT_SENT = "NOT_SENT"
+
+monotonic: Callable[[], float] = time.monotonic
+Write: TypeAlias = Callable[[str], wire.Content]
+Take: TypeAlias = Callable[[str, wire.Content], None]
+
+
+@dataclass(frozen=True)
+class Errand:
+    """One message to each site and what to do with the answer.
+
+    Attributes:
+        deadline_s: for each site's reply, from its push.
+        write: site -> the request. Called just before the push, so that requests do not pile up.
+        take: site, reply -> None. Decodes, screens and folds; raises ``ArtefactError`` to reject.
+    """
+
+    stage: Stage
+    index: int
+    deadline_s: float
+    write: Write
+    take: Take
+
+
+@dataclass
+class Collection:
+    """What came of an errand. ``sites`` answered and were taken, in order."""
+
+    sites: list[str] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+    refusals: dict[str, wire.Refusal] = field(default_factory=dict)
+    bytes_up: dict[str, int] = field(default_factory=dict)
+    bytes_down: dict[str, int] = field(default_factory=dict)
+    late: int = 0
+
+
+class LiveUpdates:
+    """Counts the decoded updates that are still in memory: `watch` each, read ``now`` and ``peak``."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.peak = 0
+
+    def watch(self, update: AdapterUpdate) -> None:
+        """Count ``update`` until it and the last of its tensors are gone."""
+        token = _Token()
+        for part in (update, *update.adapter.tensors.values()):
+            weakref.finalize(part, _release, token)
+        weakref.finalize(token, self._forget)
+        self.now += 1
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self) -> None:
+        self.now -= 1
+
+
+class _Token:
+    """Dies with the last finalizer that holds it."""
+
+
+def _release(_: _Token) -> None:
+    """Nothing to do: that the finalizer lets go of its token is the point."""
+
+
+class _Pull:
+    """One call of ``grid.pull_messages`` for one id, in a thread that may hang without harm."""
+
+    def __init__(self, grid: Grid, message_id: str) -> None:
+        self.started = monotonic()
+        self._done = threading.Event()
+        self._replies: list[Message] = []
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, args=(grid, message_id), daemon=True).start()
+
+    def _run(self, grid: Grid, message_id: str) -> None:
+        try:
+            self._replies = list(grid.pull_messages([message_id]))
+        except BaseException as error:  # carried over to the loop's thread
+            self._error = error
+        self._done.set()
+
+    def finished(self) -> bool:
+        return self._done.wait(PULL_PATIENCE_S)
+
+    def reply(self) -> Message | None:
+        """The reply, or None where there is none yet or the link failed: the deadline decides then."""
+        if self._error is not None and not isinstance(self._error, Exception):
+            raise self._error
+        return self._replies[0] if self._replies else None
+
+
+@dataclass
+class _Pending:
+    message_id: str
+    pushed: float
+    pull: _Pull | None = None
+
+
+class Collector:
+    """Runs errands over ``grid``.
+
+    Args:
+        spool: folder for replies that wait for their turn.
+        window: how many sites may have a message at once; None: all. An engine that works on few sites at a
+            time says so, or the last sites' deadlines would pass while they queue.
+    """
+
+    def __init__(self, grid: Grid, events: EventLog, spool: Path, window: int | None = None) -> None:
+        self.grid = grid
+        self.events = events
+        self.spool = spool
+        self.window = window
+        self.live = LiveUpdates()
+
+    def online(self, expected: int, wait_s: float) -> list[int]:
+        """Ids of the nodes, sorted: as soon as ``expected`` are there, or after ``wait_s`` seconds."""
+        until = monotonic() + wait_s
+        while len(node_ids := sorted(self.grid.get_node_ids())) < expected and monotonic() < until:
+            time.sleep(POLL_S)
+        return node_ids
+
+    def run(self, errand: Errand, nodes: Mapping[str, int]) -> Collection:
+        """One message to every site of ``nodes`` (site -> node id), and its answer or its drop.
+
+        Raises whatever ``errand`` raises other than ``ArtefactError``, and ``ArtefactError`` for a full disk.
+        """
+        return _Loop(self, errand, nodes).run()
+
+
+class _Loop:
+    """One errand under way. Each site is settled once: taken, or dropped with a cause."""
+
+    def __init__(self, collector: Collector, errand: Errand, nodes: Mapping[str, int]) -> None:
+        self.owner = collector
+        self.errand = errand
+        self.nodes = nodes
+        self.to_push = sorted(nodes)
+        self.to_take = sorted(nodes)
+        self.pending: dict[str, _Pending] = {}
+        self.waiting: dict[str, Path] = {}  # arrived, not yet their turn
+        self.gone: set[str] = set()
+        self.result = Collection()
+
+    def run(self) -> Collection:
+        window = self.owner.window or len(self.nodes)
+        while self.to_push or self.pending:
+            while self.to_push and len(self.pending) < window:
+                self._push(self.to_push.pop(0))
+            settled = [self._poll(site) for site in sorted(self.pending)]
+            self._take_in_turn()
+            if not any(settled) and self.pending:
+                time.sleep(POLL_S)
+        return self.result
+
+    def _push(self, site: str) -> None:
+        errand, pushed = self.errand, monotonic()
+        message = wire.request_message(
+            errand.write(site), self.nodes[site], errand.stage, errand.deadline_s + TTL_SLACK_S
+        )
+        size = wire.message_bytes(message)
+        message_ids = list(self.owner.grid.push_messages([message]))
+        if not message_ids or not message_ids[0]:
+            self._drop(site, NOT_SENT)
+            return
+        self.result.bytes_down[site] = size
+        self._event("message", site, direction="down", bytes=size)
+        self.pending[site] = _Pending(message_ids[0], pushed)
+
+    def _poll(self, site: str) -> bool:
+        """Look for the site's reply; whether the site's turn of waiting is over."""
+        pending = self.pending[site]
+        reply = self._try_pull(pending)
+        if monotonic() - pending.pushed > self.errand.deadline_s:
+            del self.pending[site]
+            self.result.late += 1
+            self._drop(site, DEADLINE)
+        elif reply is not None:
+            del self.pending[site]
+            self._arrive(site, reply)
+        return site not in self.pending
+
+    def _try_pull(self, pending: _Pending) -> Message | None:
+        if pending.pull is None:
+            if self._pulls_running() >= PULLS_AT_ONCE:
+                return None
+            pending.pull = _Pull(self.owner.grid, pending.message_id)
+        if not pending.pull.finished():
+            return None
+        pull, pending.pull = pending.pull, None
+        return pull.reply()
+
+    def _pulls_running(self) -> int:
+        pulls = [entry.pull for entry in self.pending.values() if entry.pull is not None]
+        return sum(monotonic() - pull.started < STUCK_S for pull in pulls)
+
+    def _arrive(self, site: str, reply: Message) -> None:
+        size = wire.message_bytes(reply)
+        self.result.bytes_up[site] = size
+        self._event("message", site, direction="up", bytes=size)
+        if reply.has_error():
+            # Its reason may hold an exception's text from inside the site: only the number is kept.
+            self._drop(site, f"FLOWER_ERROR_{reply.error.code}")
+        elif refusal := wire.decode_refusal(reply.content):
+            self.result.refusals[site] = refusal
+            self.result.late += refusal.code == DEADLINE
+            self._drop(site, f"{refusal.code} ({refusal.field})" if refusal.field else refusal.code)
+        elif site == self._next():
+            self._take(site, reply.content)
+        else:
+            self.waiting[site] = self.owner.spool / f"{site}.reply"
+            write_atomic(self.waiting[site], wire.pack_content(reply.content))
+
+    def _next(self) -> str | None:
+        """The first site in order that is neither taken nor dropped."""
+        while self.to_take and self.to_take[0] in self.gone:
+            self.to_take.pop(0)
+        return self.to_take[0] if self.to_take else None
+
+    def _take_in_turn(self) -> None:
+        while (site := self._next()) in self.waiting and site is not None:
+            path = self.waiting.pop(site)
+            content = wire.unpack_content(path.read_bytes())
+            path.unlink()
+            self._take(site, content)
+
+    def _take(self, site: str, content: wire.Content) -> None:
+        self.gone.add(site)
+        try:
+            self.errand.take(site, content)
+        except ArtefactError as error:
+            self._drop(site, "; ".join(error.faults) or error.message)
+            return
+        self.result.sites.append(site)
+        self._event("taken", site)
+        progress.step(site)
+
+    def _drop(self, site: str, cause: str) -> None:
+        self.gone.add(site)
+        self.result.rejected.append(Rejection(site, cause))
+        self._event("dropped", site, reason=cause)
+        progress.step(f"{site}: dropped, {cause}")
+
+    def _event(self, event: str, site: str, **facts: object) -> None:
+        self.owner.events.write(event, stage=self.errand.stage, round=self.errand.index, site=site, **facts)

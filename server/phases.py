@@ -1,0 +1,222 @@
+"""The walk of a run: propose -> adapt rounds -> style -> generator rounds -> student -> evaluate.
+
+Every phase has a deadline and an owner: the sites owe their answers within ``run.site_deadline_s``, the
+server owes the next step. A site that fails, refuses or is late is dropped from that round by name and
+cause, and may come back in the next. Where fewer than ``run.min_sites`` remain the run ends, with its
+state kept.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from common import wire
+from common.adapter import Adapter
+from common.canonical import canonical_json
+from common.errors import WardroundError
+from common.plan import RunPlan, Stage
+from common.recipe import Recipe
+from server.aggregation import AggregationRule, build_rule
+from server.collect import Collector, Errand, Take
+from server.durable import write_atomic
+from server.outcome import RunOutcome
+from server.planning import build_plan, first_adapters
+from server.roll_call import call_the_roll
+from server.rounds import Rounds
+from server.screening import Sent, admit, admit_metrics, admit_note, admit_style
+from server.state import Checkpoint, StateStore
+
+INBOX = "inbox"  # below the state's folder: replies that wait for their turn
+
+
+def run_walk(collector: Collector, recipe: Recipe, run_dir: Path) -> RunOutcome:
+    """Run, or resume where ``run_dir`` holds a checkpoint; the teacher and the outcome are left there.
+
+    Raises:
+        FederationError: too few sites agreed, answered or were admitted.
+        DeadlinePassed: too few, and late answers were the cause.
+        ArtefactError: the state is another plan's, a model is missing, the disk is full.
+    """
+    shutil.rmtree(run_dir / "state" / INBOX, ignore_errors=True)
+    try:
+        walk = Walk(collector, recipe, run_dir)
+        walk.propose()
+        walk.adapt()
+        if Stage.style in walk.plan.stages:
+            walk.style()
+        if Stage.generator in walk.plan.stages:
+            walk.generator()
+        walk.student()
+        walk.evaluate()
+    except WardroundError as error:
+        collector.events.write("failed", exit_code=error.exit_code, reason=str(error))
+        raise
+    walk.outcome.save(run_dir / "state")
+    collector.events.write("finished", adapter_sha256=walk.outcome.adapter_sha256)
+    return walk.outcome
+
+
+class Walk:
+    """One run under way: the plan, the rules, and what came of it so far."""
+
+    def __init__(self, collector: Collector, recipe: Recipe, run_dir: Path) -> None:
+        self.recipe = recipe
+        self.run_dir = run_dir
+        self.store = StateStore(run_dir / "state")
+        saved = self.store.load()
+        self.plan: RunPlan = build_plan(recipe, saved.plan.run_id if saved else secrets.token_hex(8))
+        self.saved = self.store.load_for(self.plan)
+        self.first = first_adapters(recipe)
+        self.rules: dict[Stage, AggregationRule] = {Stage.adapt: build_rule(recipe.aggregation)}
+        if self.first.generator is not None:
+            self.rules[Stage.generator] = build_rule(recipe.aggregation)
+        self.rounds = Rounds(collector, recipe, self.plan)
+        self.outcome = RunOutcome(self.plan.run_id, self.plan.digest, [])
+        self.seen_nonces: set[str] = set()
+
+    def propose(self) -> None:
+        """Ask every node; those that agree are the run's sites. A resumed run keeps its first sites."""
+        before = self.saved.outcome if self.saved else None
+        roll = call_the_roll(self.rounds, self.recipe, before)
+        self.rounds.nodes = roll.nodes
+        if self.saved:
+            self.outcome = self.saved.outcome
+            self.rounds.absent = sorted(set(self.outcome.sites) - set(roll.nodes))
+            for stage, rule in self.rules.items():
+                rule.restore(self.saved.rule_state(stage))
+            self.rounds.events.write("resumed", rounds=len(self.outcome.rounds), absent=self.rounds.absent)
+            return
+        self.outcome = RunOutcome(self.plan.run_id, self.plan.digest, sorted(roll.nodes), roll.refusals)
+        for stage, rule in self.rules.items():
+            initial = self.first.teacher if stage is Stage.adapt else self.first.generator
+            assert initial is not None
+            rule.start(initial, dict.fromkeys(self.outcome.sites, initial.rank))
+        self._keep(self.outcome.with_round(roll.record))
+
+    def adapt(self) -> None:
+        """The teacher's rounds; the global adapter is then in ``RUN/teacher``."""
+        for index in range(self.plan.rounds):
+            self._train(Stage.adapt, index)
+        adapter = self.rules[Stage.adapt].global_adapter()
+        if self.outcome.adapter_sha256 != adapter.digest:
+            self._write_teacher(adapter)
+            self._keep(replace(self.outcome, adapter_sha256=adapter.digest))
+
+    def style(self) -> None:
+        """Each site's style summary, for the others to paint with."""
+        if self.outcome.has(Stage.style, 0):
+            return
+        styles = {}
+
+        def take(site: str, content: wire.Content) -> None:
+            summary = wire.decode_style(content)
+            admit_style(summary, self.plan.generator.style_groups)
+            styles[site] = summary
+
+        done = self.rounds.run(self._errand(Stage.style, take), "styles")
+        self._keep(self.outcome.with_round(done.record(), styles=styles))
+
+    def generator(self) -> None:
+        """The rounds of the generator's adapter, in the federated scope."""
+        for index in range(self.plan.generator.rounds):
+            self._train(Stage.generator, index)
+        digest = self.rules[Stage.generator].global_adapter().digest
+        if self.outcome.generator_sha256 != digest:
+            self._keep(replace(self.outcome, generator_sha256=digest))
+
+    def student(self) -> None:
+        """Each site makes synthetic images and distils its student; only a note of it comes back."""
+        if self.outcome.has(Stage.student, 0):
+            return
+        notes = {}
+        rule = self.rules.get(Stage.generator)
+        request = wire.StudentRequest(
+            adapter=self.rules[Stage.adapt].global_adapter(),
+            styles=self.outcome.styles,
+            generator=rule.global_adapter() if rule else None,
+        )
+
+        def write(_: str) -> wire.Content:
+            return wire.encode_student_request(self.rounds.order(Stage.student, 0), request)
+
+        def take(site: str, content: wire.Content) -> None:
+            note = wire.decode_note(content)
+            admit_note(note, site)
+            notes[site] = note
+
+        done = self.rounds.run(self.rounds.errand(Stage.student, 0, write, take), "students")
+        self._keep(self.outcome.with_round(done.record(), notes=notes))
+
+    def evaluate(self) -> None:
+        """Each site that has a student measures it, the teacher and the baselines on its test split."""
+        if self.outcome.has(Stage.evaluate, 0):
+            return
+        metrics = {}
+        adapter = self.rules[Stage.adapt].global_adapter()
+
+        def write(_: str) -> wire.Content:
+            return wire.encode_request(self.rounds.order(Stage.evaluate, 0), adapter)
+
+        def take(site: str, content: wire.Content) -> None:
+            found = wire.decode_metrics(content)
+            admit_metrics(found, site)
+            metrics[site] = found
+
+        errand = self.rounds.errand(Stage.evaluate, 0, write, take)
+        done = self.rounds.run(errand, "evaluation", among=self.outcome.notes)
+        self._keep(self.outcome.with_round(done.record(), metrics=metrics))
+
+    def _train(self, stage: Stage, index: int) -> None:
+        """One round of training at the sites, folded in their order."""
+        if self.outcome.has(stage, index):
+            return
+        rule, spec = self.rules[stage], self.plan.payload(stage)
+        assert spec is not None
+        sent: dict[str, Sent] = {}
+        losses: dict[str, list[float]] = {}
+
+        def write(site: str) -> wire.Content:
+            order, adapter = self.rounds.order(stage, index), rule.adapter_for(site)
+            sent[site] = Sent.of(adapter, order.nonce)
+            return wire.encode_request(order, adapter)
+
+        def take(site: str, content: wire.Content) -> None:
+            nonce, update = wire.decode_update(content)
+            self.rounds.live.watch(update)
+            cap = self.recipe.policy.max_weight
+            admit(update, nonce, sent[site], spec, cap, self.seen_nonces)
+            rule.fold(site, update)
+            losses[site] = [loss for loss in update.losses if loss == loss]  # NaN: not measured
+
+        rule.open_round()
+        title = "teacher" if stage is Stage.adapt else "generator"
+        done = self.rounds.run(self.rounds.errand(stage, index, write, take), f"{title}, round {index + 1}")
+        residual = rule.close_round()
+        self._keep(self.outcome.with_round(done.record(residual, losses)))
+
+    def _errand(self, stage: Stage, take: Take) -> Errand:
+        """An errand whose request is the bare order."""
+        return self.rounds.errand(stage, 0, lambda _: wire.encode_request(self.rounds.order(stage, 0)), take)
+
+    def _keep(self, outcome: RunOutcome) -> None:
+        """Save the state, then take ``outcome`` for granted."""
+        tensors = {
+            f"{stage}/{name}": tensor
+            for stage, rule in self.rules.items()
+            for name, tensor in rule.state().items()
+        }
+        self.store.save(Checkpoint(self.plan, outcome, tensors))
+        self.outcome = outcome
+
+    def _write_teacher(self, adapter: Adapter) -> None:
+        folder = self.run_dir / "teacher"
+        write_atomic(folder / "adapter.safetensors", adapter.to_bytes())
+        card = {
+            "teacher": self.plan.teacher.name, "adapter_sha256": adapter.digest, "rank": adapter.rank,
+            "base_sha256": adapter.base_sha256, "elements": adapter.elements, "rounds": self.plan.rounds,
+            "sites": self.outcome.sites, "run_id": self.plan.run_id, "plan_sha256": self.plan.digest,
+        }  # fmt: skip
+        write_atomic(folder / "card.json", canonical_json(card).encode())

@@ -1,0 +1,136 @@
+"""The plan that every site is asked to agree to, made from a recipe: `build_plan`.
+
+The payload manifest in it is exact: the tensors that a stage sends up, by name, shape and dtype, and each
+number by its path. The site's egress releases nothing else, the server's screening admits nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from common.adapter import Adapter
+from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
+from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec
+from common.recipe import GeneratorScope, Recipe
+from common.style import StyleSummary
+
+PROJECT = Path(__file__).resolve().parent.parent
+SHIPPED_CODE = ("client", "common", "server")
+UPDATE_NUMBERS = ["weight", "started_from", "mechanism", "losses"]
+FRAMING = 1.02  # an update is its tensors and at most 2 % around them
+UPDATE_NUMBERS_BYTES = 1024
+TABLES: dict[Stage, tuple[str, type, int]] = {  # stage: the table's name, its fields, most bytes
+    Stage.propose: ("answer", PlanAnswer, 4 << 10),
+    Stage.style: ("style", StyleSummary, 64 << 10),
+    Stage.student: ("note", StudentNote, 4 << 10),
+    Stage.evaluate: ("metrics", SiteMetrics, 1 << 20),
+}
+
+
+@dataclass(frozen=True)
+class FirstAdapters:
+    """What the first rounds start from. ``generator`` is None unless its adapter is federated."""
+
+    teacher: Adapter
+    generator: Adapter | None
+
+
+def first_adapters(recipe: Recipe) -> FirstAdapters:
+    """Raises ``ArtefactError`` if the recipe names models that are not there."""
+    from common import generator, teacher
+
+    federated = recipe.generator.scope is GeneratorScope.federated
+    return FirstAdapters(
+        teacher.initial_adapter(recipe.teacher, recipe.data, recipe.run.seed),
+        generator.initial_adapter(recipe.generator, recipe.run.seed) if federated else None,
+    )
+
+
+def model_digests(recipe: Recipe) -> dict[str, str]:
+    """Base model name -> SHA-256 of its weights, for every model that the recipe uses."""
+    from common import checkpoints, generator, teacher
+
+    models = {recipe.teacher.name: teacher.base_sha256(recipe.teacher.name)}
+    for name in {recipe.student.name, *(site.student for site in recipe.sites)}:
+        if name is not None:
+            models[name] = checkpoints.base_sha256(name)
+    if recipe.generator.scope is not GeneratorScope.none:
+        models[recipe.generator.name] = generator.base_sha256(recipe.generator.name)
+    return models
+
+
+def build_plan(recipe: Recipe, run_id: str) -> RunPlan:
+    """The whole job as one object with one digest. Raises ``ArtefactError`` for models that are not there."""
+    first = first_adapters(recipe)
+    stages = run_stages(recipe)
+    return RunPlan(
+        run_id=run_id,
+        seed=recipe.run.seed,
+        rounds=recipe.run.rounds,
+        code_sha256=code_sha256(),
+        models=model_digests(recipe),
+        stages=stages,
+        payloads=[_payload(stage, first) for stage in stages],
+        data=replace(recipe.data, root=None),
+        teacher=recipe.teacher,
+        generator=recipe.generator,
+        student=recipe.student,
+        privacy=recipe.privacy,
+        evaluation=recipe.evaluation,
+        baselines=recipe.baselines,
+    )
+
+
+def run_stages(recipe: Recipe) -> list[Stage]:
+    """The stages in their order. Styles travel only where another site paints with them."""
+    scope = recipe.generator.scope
+    stages = [Stage.propose, Stage.adapt]
+    if scope in (GeneratorScope.style, GeneratorScope.federated):
+        stages.append(Stage.style)
+    if scope is GeneratorScope.federated:
+        stages.append(Stage.generator)
+    return [*stages, Stage.student, Stage.evaluate]
+
+
+def code_sha256(project: Path = PROJECT) -> str:
+    """Digest over the source files that a run ships to the sites: path and text of each, in order."""
+    digest = hashlib.sha256()
+    for folder in SHIPPED_CODE:
+        for path in sorted((project / folder).rglob("*.py")):
+            name = path.relative_to(project).as_posix()
+            digest.update(f"{name}|{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _payload(stage: Stage, first: FirstAdapters) -> PayloadSpec:
+    if stage in TABLES:
+        name, kind, max_bytes = TABLES[stage]
+        return PayloadSpec(stage, [], sorted(set(_paths(kind, name))), max_bytes)
+    adapter = first.teacher if stage is Stage.adapt else first.generator
+    assert adapter is not None, "only the federated scope has a generator stage"
+    tensors = adapter.trained().tensors
+    specs = [
+        TensorSpec(name, list(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch."))
+        for name in sorted(tensors)
+    ]
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return PayloadSpec(stage, specs, UPDATE_NUMBERS, math.ceil(size * FRAMING) + UPDATE_NUMBERS_BYTES)
+
+
+def _paths(kind: Any, path: str) -> Iterator[str]:
+    """The path of every plain value in ``kind``; lists add nothing to a path."""
+    if get_origin(kind) in (Union, UnionType, list, tuple):
+        for arm in get_args(kind):
+            yield from _paths(arm, path)
+    elif isinstance(kind, type) and is_dataclass(kind):
+        hints = get_type_hints(kind)
+        for item in fields(kind):
+            yield from _paths(hints[item.name], f"{path}.{item.name}")
+    else:
+        yield path

@@ -1,0 +1,109 @@
+"""One round: an errand to every site, the count of who answered, and its record."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+
+from common import progress
+from common.errors import DeadlinePassed, FederationError
+from common.plan import Round, RunPlan, Stage
+from common.recipe import Recipe
+from server.collect import Collection, Collector, Errand, Take, Write
+from server.report.schema import Rejection, RoundRecord
+
+
+@dataclass(frozen=True)
+class FinishedRound:
+    """A round that enough sites answered."""
+
+    errand: Errand
+    collection: Collection
+    wall_s: float
+
+    def record(
+        self, residual: float | None = None, losses: Mapping[str, list[float]] | None = None
+    ) -> RoundRecord:
+        done = self.collection
+        return RoundRecord(
+            index=self.errand.index,
+            stage=str(self.errand.stage),
+            sites=done.sites,
+            bytes_up=done.bytes_up,
+            bytes_down=done.bytes_down,
+            wall_s=self.wall_s,
+            residual=residual,
+            rejected=done.rejected,
+            losses=dict(losses or {}),
+        )
+
+
+class Rounds:
+    """Runs the rounds of one plan.
+
+    Attributes:
+        nodes: site -> node id, of the sites that agreed and are there.
+        absent: sites of a resumed run that are not there any more.
+    """
+
+    def __init__(self, collector: Collector, recipe: Recipe, plan: RunPlan) -> None:
+        self.collector = collector
+        self.events = collector.events
+        self.live = collector.live
+        self.config = recipe.run
+        self.plan = plan
+        self.nodes: dict[str, int] = {}
+        self.absent: list[str] = []
+
+    def order(self, stage: Stage, index: int) -> Round:
+        """Orders with a fresh nonce: one call a message."""
+        return Round(self.plan.digest, stage, index, self.config.site_deadline_s, secrets.token_hex(16))
+
+    def errand(self, stage: Stage, index: int, write: Write, take: Take) -> Errand:
+        return Errand(stage, index, self.config.site_deadline_s, write, take)
+
+    def run(self, errand: Errand, title: str, among: Container[str] | None = None) -> FinishedRound:
+        """The errand to every site (of ``among``).
+
+        Raises:
+            DeadlinePassed: fewer than ``run.min_sites`` answered, and the late ones would have sufficed.
+            FederationError: fewer than ``run.min_sites`` answered for other reasons.
+        """
+        nodes = {site: node for site, node in self.nodes.items() if among is None or site in among}
+        finished = self.ask(errand, title, nodes)
+        finished.collection.rejected += [Rejection(site, "NOT_ONLINE") for site in self.absent]
+        self.require(finished, len(finished.collection.sites))
+        return finished
+
+    def ask(self, errand: Errand, title: str, nodes: Mapping[str, int]) -> FinishedRound:
+        """The errand to ``nodes``, however many answer."""
+        progress.stage(title, len(nodes))
+        self.events.write("round", state="open", stage=errand.stage, round=errand.index, sites=sorted(nodes))
+        started = time.perf_counter()
+        collection = self.collector.run(errand, nodes)
+        finished = FinishedRound(errand, collection, time.perf_counter() - started)
+        progress.end()
+        return finished
+
+    def require(self, finished: FinishedRound, count: int) -> None:
+        """Close the round if ``count`` sites are enough; otherwise raise as `run` says."""
+        errand, collection = finished.errand, finished.collection
+        enough = count >= self.config.min_sites
+        self.events.write(
+            "round",
+            state="closed" if enough else "failed",
+            stage=errand.stage,
+            round=errand.index,
+            count=count,
+        )
+        if enough:
+            return
+        kind = DeadlinePassed if count + collection.late >= self.config.min_sites else FederationError
+        raise kind(
+            f"stage {errand.stage}, round {errand.index}: {count} site(s) answered and run.min_sites is "
+            f"{self.config.min_sites}. Each site's own faults.log says more; the state before this round is "
+            "kept: run again with --resume",
+            [f"{rejection.site}: {rejection.reason}" for rejection in collection.rejected],
+        )

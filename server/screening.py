@@ -1,0 +1,142 @@
+"""Screening: an answer is admitted whole, or rejected with reasons, before it changes anything here.
+
+Reasons are fixed words: an answer may hold anything, so nothing of it is repeated, not even a tensor's name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.adapter import Adapter, AdapterUpdate
+from common.errors import ArtefactError
+from common.guard_api import SiteMetrics, StudentNote
+from common.plan import PayloadSpec
+from common.style import STYLE_BOUNDS, StyleSummary
+
+# A round of training moves an adapter by a few times its own norm at most; what is a hundred times as
+# large is a fault of the site's or an attack, and one such update would own the mean.
+NORM_FACTOR = 100.0
+BOUND_SLACK = 1e-6
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a site was sent in one message, as far as its answer is checked against it."""
+
+    nonce: str
+    digest: str
+    base_sha256: str
+    rank: int
+    norm: float
+
+    @classmethod
+    def of(cls, adapter: Adapter, nonce: str) -> Sent:
+        trained = adapter.trained()
+        return cls(nonce, adapter.digest, adapter.base_sha256, adapter.rank, _norm(trained.tensors))
+
+
+def admit(
+    update: AdapterUpdate, nonce: str, sent: Sent, spec: PayloadSpec, max_weight: float, seen: set[str]
+) -> None:
+    """Admit one update, or raise ``ArtefactError`` with every reason; only then is its nonce used up.
+
+    Args:
+        nonce: that the answer carries back.
+        sent: what this site was sent in this round.
+        spec: the plan's manifest of the stage.
+        max_weight: cap on the declared patient count.
+        seen: nonces of the answers admitted so far in this run; the new one is added.
+    """
+    tensors = update.adapter.tensors
+    faults = []
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        faults.append("a value that is not finite")
+    faults += _tensor_faults(tensors, spec)
+    if update.adapter.base_sha256 != sent.base_sha256:
+        faults.append("another base model")
+    if update.adapter.rank != sent.rank:
+        faults.append("another rank")
+    if update.started_from != sent.digest:
+        faults.append("started from another adapter than it was sent")
+    if nonce in seen:
+        faults.append("a replayed answer")
+    elif nonce != sent.nonce:
+        faults.append("an answer to another message")
+    if not (math.isfinite(update.weight) and update.weight > 0):
+        faults.append("a weight that is not above 0")
+    elif update.weight > max_weight:
+        faults.append("a weight above the cap")
+    if not faults and _norm(tensors) > NORM_FACTOR * (1 + sent.norm):
+        faults.append("values of an absurd size")
+    _settle(faults)
+    seen.add(nonce)
+
+
+def admit_style(style: StyleSummary, max_groups: int) -> None:
+    """Raises ``ArtefactError`` with every reason."""
+    faults = []
+    if not 0 < len(style.groups) <= max_groups:
+        faults.append("no style group, or too many")
+    for group in style.groups:
+        if len(group.mean) != len(STYLE_BOUNDS) or len(group.std) != len(STYLE_BOUNDS):
+            faults.append("a style of another length")
+            continue
+        if not 0 <= group.weight <= 1:
+            faults.append("a style weight outside 0 to 1")
+        for mean, std, (low, high) in zip(group.mean, group.std, STYLE_BOUNDS, strict=True):
+            if not low - BOUND_SLACK <= mean <= high + BOUND_SLACK or not 0 <= std <= high - low:
+                faults.append("a style number outside its bounds")
+    _settle(faults)
+
+
+def admit_note(note: StudentNote, site: str) -> None:
+    """Raises ``ArtefactError`` with every reason."""
+    faults = ["the note of another site"] if note.site != site else []
+    if min(note.params, note.generated, note.kept, note.dropped_inconsistent) < 0:
+        faults.append("a negative count")
+    if min(note.latency_ms, note.teacher_latency_ms) < 0:
+        faults.append("a negative time")
+    _settle(faults)
+
+
+def admit_metrics(metrics: SiteMetrics, site: str) -> None:
+    """Raises ``ArtefactError`` with every reason."""
+    faults = ["the metrics of another site"] if metrics.site != site else []
+    counts = metrics.counts
+    if min(counts.patients, counts.images, counts.train, counts.val, counts.test) < 0:
+        faults.append("a negative count")
+    for metric in metrics.metrics:
+        if metric.patients < 0:
+            faults.append("a negative count")
+        if metric.value is None and not metric.reason:
+            faults.append("a missing value without its reason")
+    _settle(faults)
+
+
+def _tensor_faults(tensors: Mapping[str, Tensor], spec: PayloadSpec) -> list[str]:
+    wanted = {tensor.name: tensor for tensor in spec.tensors}
+    faults = []
+    if set(tensors) - set(wanted):
+        faults.append("an extra tensor")
+    if set(wanted) - set(tensors):
+        faults.append("a missing tensor")
+    shared = set(tensors) & set(wanted)
+    if any(list(tensors[name].shape) != wanted[name].shape for name in shared):
+        faults.append("a wrong shape")
+    if any(str(tensors[name].dtype) != f"torch.{wanted[name].dtype}" for name in shared):
+        faults.append("a wrong dtype")
+    return faults
+
+
+def _norm(tensors: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+
+
+def _settle(faults: list[str]) -> None:
+    if faults:
+        raise ArtefactError("rejected", sorted(set(faults), key=faults.index))

@@ -1,0 +1,1 @@
+"""Many hospitals on one machine: phantoms, cuts of real sets, engines and pre-training."""

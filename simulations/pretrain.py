@@ -1,0 +1,209 @@
+"""Make the shipped initial weights again: ``python -m simulations.pretrain [teacher|student|generator ...]``.
+
+Every image is procedural (`simulations.scenes`). Steps, not seconds, decide when a training ends, and all
+randomness comes from one seed, so the same machine and thread count give the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from client.students import UNetXS
+from client.style import style_vector
+from common import checkpoints, progress
+from common.generator import StyleDiffusion, diffusion_loss
+from common.seeding import derive_rng, derive_seed
+from common.teacher import HEADS, Teacher, tiny_config
+from simulations.scenes import KINDS, TARGETS, scene_bank
+
+SIZE = 96
+SCENES = 6000
+VALIDATION = 120
+LICENCE = "Apache-2.0"
+HEAD_WEIGHT = torch.tensor([2.0, 1.0, 1.0, 0.5, 0.5])  # thin structures first: they are the last to start
+SHIPPED = {"teacher": "ward-sam-tiny", "student": "unet-xs", "generator": "ward-diffusion-tiny"}
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Scenes as tensors: ``images`` (N, 3, S, S) uint8, ``targets`` (N, 5, S, S) bool, ``kinds`` (N,)."""
+
+    images: Tensor
+    targets: Tensor
+    kinds: np.ndarray
+
+    @classmethod
+    def make(cls, seed: int, count: int, distractors: float = 0.3) -> Bank:
+        images, targets, kinds = scene_bank(seed, count, SIZE, distractors)
+        return cls(torch.from_numpy(images), torch.from_numpy(targets), kinds)
+
+    def draw(self, rng: np.random.Generator, size: int, shares: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch with kinds in ``shares``, under a random symmetry, channel order and gamma."""
+        wanted = rng.choice(len(KINDS), size, p=np.array(shares) / sum(shares))
+        index = torch.tensor([int(rng.choice(np.flatnonzero(self.kinds == kind))) for kind in wanted])
+        image, target = self.images[index].float() / 255, self.targets[index].float()
+        if rng.random() < 0.5:
+            image, target = image.transpose(2, 3), target.transpose(2, 3)
+        flips = [axis for axis in (2, 3) if rng.random() < 0.5]
+        image, target = image.flip(flips), target.flip(flips)
+        image = image[:, torch.from_numpy(rng.permutation(3))]
+        image = image ** float(np.exp(rng.normal(0, 0.15)))
+        return image.contiguous(), target.contiguous(), torch.from_numpy(wanted)
+
+
+def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Weighted BCE over all heads plus batch Dice over the heads that occur; both (B, 5, S, S)."""
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((0, 2, 3))
+    probability = logits.sigmoid()
+    both = (probability * target).sum((0, 2, 3))
+    total = probability.sum((0, 2, 3)) + target.sum((0, 2, 3))
+    dice = (1 - (2 * both + 1) / (total + 1)) * (target.sum((0, 2, 3)) > 0)
+    return ((entropy + dice) * HEAD_WEIGHT).sum() / HEAD_WEIGHT.sum()
+
+
+@torch.no_grad()
+def head_dice(forward: Callable[[Tensor], Tensor], bank: Bank) -> dict[str, float]:
+    """Mean Dice a head over the validation scenes in which the head's structure occurs."""
+    logits = torch.cat([forward(part.float() / 255) for part in bank.images.split(20)])
+    found, truth = logits > 0, bank.targets
+    scores = (2 * (found & truth).sum((2, 3)) + 1) / (found.sum((2, 3)) + truth.sum((2, 3)) + 1)
+    return {
+        name: round(float(scores[truth[:, head].any(2).any(1), head].mean()), 3)
+        for head, name in enumerate(TARGETS)
+    }
+
+
+def fit(
+    network: nn.Module, steps: int, rate: float, loss_at: Callable[[int], Tensor], every: int = 100
+) -> list[float]:
+    """AdamW with warm-up and a cosine; ``loss_at(step)`` builds the loss. Returns smoothed losses."""
+    optimiser = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min(1.0, (step + 1) / 60) * (0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
+    )
+    losses: list[float] = []
+    recent: list[float] = []
+    progress.stage(type(network).__name__, steps // every)
+    for step in range(steps):
+        loss = loss_at(step)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        recent.append(loss.item())
+        if (step + 1) % every == 0:
+            losses.append(float(np.mean(recent)))
+            recent.clear()
+            progress.step(f"step {step + 1}: loss {losses[-1]:.4f}")
+    progress.end()
+    return losses
+
+
+def curriculum(step: int, steps: int) -> tuple[float, float, float]:
+    """Shares of vessels, cells and regions: vessels alone first, or their head never leaves 'all background'."""
+    return (0.9, 0.05, 0.05) if step < 0.15 * steps else (0.4, 0.35, 0.25)
+
+
+def pretrain_teacher(seed: int, steps: int) -> None:
+    torch.manual_seed(derive_seed(seed, "teacher", "init"))
+    network = Teacher(tiny_config(SIZE), len(HEADS))
+    nn.init.normal_(network.encoder.vision_encoder.pos_embed, std=0.02)
+    bank, held_out = Bank.make(derive_seed(seed, "scenes"), SCENES), Bank.make(seed + 1, VALIDATION)
+    rng = derive_rng(seed, "teacher", "batches")
+
+    def loss_at(step: int) -> Tensor:
+        image, target, _ = bank.draw(rng, 16, curriculum(step, steps))
+        return segmentation_loss(network(image).logits, target)
+
+    losses = fit(network, steps, 1.2e-3, loss_at)
+    dice = head_dice(lambda image: network(image).logits, held_out)
+    _ship("teacher", network, seed, steps, {"heads": list(HEADS), "validation_dice": dice, "losses": losses})
+
+
+def pretrain_student(seed: int, steps: int) -> None:
+    torch.manual_seed(derive_seed(seed, "student", "init"))
+    network = UNetXS(len(HEADS))
+    bank, held_out = Bank.make(derive_seed(seed, "scenes"), SCENES), Bank.make(seed + 1, VALIDATION)
+    rng = derive_rng(seed, "student", "batches")
+
+    def loss_at(step: int) -> Tensor:
+        image, target, _ = bank.draw(rng, 16, curriculum(step, steps))
+        return segmentation_loss(network(image), target)
+
+    losses = fit(network, steps, 3e-3, loss_at)
+    dice = head_dice(network, held_out)
+    _ship("student", network, seed, steps, {"heads": list(HEADS), "validation_dice": dice, "losses": losses})
+
+
+def pretrain_generator(seed: int, steps: int) -> None:
+    torch.manual_seed(derive_seed(seed, "generator", "init"))
+    network = StyleDiffusion()
+    # Without distractors: the generator must paint what the mask says and nothing else.
+    bank = Bank.make(derive_seed(seed, "plain scenes"), SCENES // 2, distractors=0.0)
+    rng = derive_rng(seed, "generator", "batches")
+    noise = torch.Generator().manual_seed(derive_seed(seed, "generator", "noise"))
+    average = torch.optim.swa_utils.AveragedModel(
+        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
+    )
+
+    def loss_at(step: int) -> Tensor:
+        if step:
+            average.update_parameters(network)
+        images, masks, styles = [], [], []
+        while len(images) < 8:
+            image, target, kinds = bank.draw(rng, 8 - len(images), (1, 1, 1))
+            for one, planes, kind in zip(image, target, kinds.tolist(), strict=True):
+                style = style_vector(one, planes[kind], torch.ones(one.shape[1:], dtype=torch.bool))
+                if style is not None:
+                    images.append(one)
+                    masks.append(planes[kind][None])
+                    styles.append(torch.from_numpy(style).float())
+        return diffusion_loss(network, torch.stack(images), torch.stack(masks), torch.stack(styles), noise)
+
+    losses = fit(network, steps, 1.5e-3, loss_at)
+    _ship("generator", average.module, seed, steps, {"losses": losses})
+
+
+def _ship(kind: str, network: nn.Module, seed: int, steps: int, more: dict[str, object]) -> None:
+    about = {
+        "kind": kind,
+        "params": sum(parameter.numel() for parameter in network.parameters()),
+        "image_size": SIZE,
+        "seed": seed,
+        "steps": steps,
+        "trained_on": "procedural scenes only (simulations/scenes.py); no real image",
+        "licence": LICENCE,
+        "reproduce": f"python -m simulations.pretrain {kind} --seed {seed} --steps {steps}",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "intended_use": "a starting point for training; not a medical device and not useful as it is",
+        **more,
+    }
+    checkpoints.save(SHIPPED[kind], network.state_dict(), about)
+
+
+DEFAULT_STEPS = {"teacher": 1800, "student": 2000, "generator": 1600}
+MAKERS = {"teacher": pretrain_teacher, "student": pretrain_student, "generator": pretrain_generator}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help="teacher, student, generator (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: as shipped)")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for kind in given.kinds or MAKERS:
+        MAKERS[kind](given.seed, given.steps or DEFAULT_STEPS[kind])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""``wardround simulate``: prepare the hospitals, run the real apps, test across sites, write the report."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from common.config import save_run_config, save_site
+from common.errors import DataError
+from common.recipe import Engine, Recipe, SiteConfig, SiteFile
+from server.outcome import RunOutcome
+from server.report import rebuild
+from simulations.assemble import assemble_report
+from simulations.hospitals import cut_sites
+from simulations.phantoms import write_site
+
+
+def simulate(recipe: Recipe, out: Path, resume: bool) -> Path:
+    """Run ``recipe`` in the folder ``out`` and return it; with ``resume`` go on where a run there stopped.
+
+    A resumed run ends with the same adapters as an uninterrupted one: every seed is derived from the
+    recipe's, and the state is saved after each round.
+
+    Raises:
+        ConfigError, DataError: before anything is trained.
+        FederationError, DeadlinePassed: the run ended early; its state is kept.
+        ArtefactError: the state in ``out`` belongs to another plan, or cannot be written.
+    """
+    started = (datetime.now(UTC), time.perf_counter(), _cpu_seconds())
+    torch.set_num_threads(recipe.run.threads)
+    sites = out / "sites"
+    if not (sites / ".complete").exists():
+        shutil.rmtree(sites, ignore_errors=True)  # a preparation that was cut off is made again
+        save_run_config(recipe, out / "config.yaml")
+        prepare_sites(recipe, sites)
+        (sites / ".complete").touch()
+    _engine(recipe.run.engine)(out, sites)
+    outcome = RunOutcome.load(out / "state")
+    report = assemble_report(recipe, out, outcome, (started[0], started[1], started[2]))
+    (out / "report.json").write_text(report.to_json())
+    rebuild(out)
+    return out
+
+
+def _engine(engine: Engine):  # type: ignore[no-untyped-def]
+    if engine == Engine.ray:
+        from simulations.ray_engine import run_ray
+
+        return run_ray
+    from simulations.loopback import run_loopback
+
+    return run_loopback
+
+
+def prepare_sites(recipe: Recipe, folder: Path) -> list[str]:
+    """One folder a hospital below ``folder``, with its data manifest and its own ``site.yaml``.
+
+    Raises:
+        DataError: a manifest that is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    cut = {path.parent.parent.name: path for path in cut_sites(recipe, folder)}
+    configs = {site.name: site for site in recipe.sites} or {name: SiteConfig(name=name) for name in cut}
+    for name, site in configs.items():
+        home = folder / name
+        home.mkdir(exist_ok=True)
+        manifest = Path("data/manifest.csv")
+        if site.phantom is not None:
+            write_site(site.phantom, home / "data", recipe.run.seed, name)
+        elif site.manifest is not None:
+            manifest = Path(site.manifest).resolve()
+            if not manifest.is_file():
+                raise DataError(f"site {name}: {manifest} does not exist; mend sites.{name}.manifest")
+        save_site(SiteFile(name, str(manifest), site.student, recipe.policy), home / "site.yaml")
+    return sorted(configs)
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process and its finished children, seconds."""
+    import os
+
+    return sum(os.times()[:4])

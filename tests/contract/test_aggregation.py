@@ -1,0 +1,217 @@
+"""Each aggregation rule against the contract, and what is its own."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from common.adapter import Adapter, AdapterUpdate
+from common.errors import ConfigError
+from common.recipe import AggregationConfig
+from server.aggregation import RULES, build_rule
+from tests.contract.aggregation_rule import (
+    BASE,
+    LAYERS,
+    AggregationRuleContract,
+    ExactRuleContract,
+    changes,
+    dense_mean,
+    distance,
+    initial_adapter,
+    play,
+    site_weights,
+    train,
+)
+
+
+class TestExactSplit(ExactRuleContract):
+    rule: ClassVar[str] = "exact_split"
+    ranks: ClassVar[dict[str, int]] = {"a": 4, "b": 4, "c": 4, "d": 4}
+
+    def test_what_the_cap_cuts_off_comes_later(self) -> None:
+        """Error feedback: what one round cannot send, later rounds send, and nothing is lost."""
+        ranks = dict.fromkeys("abcd", 2)
+        rule = build_rule(AggregationConfig(rule=self.rule, energy=1.0, max_rank=2))
+        rule.start(initial_adapter(2), ranks)
+        updates = {site: train(rule.adapter_for(site), index) for index, site in enumerate(ranks)}
+        sent = {site: rule.adapter_for(site) for site in ranks}
+        target = dense_mean([(1.0, site_weights(sent[site], update)) for site, update in updates.items()])
+        assert play(rule, updates) > 0.1
+        # Sites now undo whatever they hold: what is left must be exactly the part never sent.
+        held = changes(rule.global_adapter())
+        idle = {site: train(rule.adapter_for(site), 0, scale=0.0) for site in ranks}
+        for update in idle.values():
+            for layer in LAYERS:
+                update.adapter.tensors[f"{layer}.lora_B"].zero_()
+        play(rule, idle)
+        left = {layer: target[layer] - held[layer] for layer in LAYERS}
+        best = {layer: truncated(matrix, 2) for layer, matrix in left.items()}
+        assert distance(changes(rule.global_adapter()), best) <= 1e-6
+
+    def test_energy_bounds_what_is_cut_off(self) -> None:
+        for energy in (0.8, 0.95, 0.999):
+            rule = self.started(energy=energy)
+            residual = play(rule, self.updates(rule, 1, [1.0] * 4))
+            assert 0 < residual <= math.sqrt(1 - energy)
+
+    def test_rank_that_goes_down_never_passes_the_cap(self) -> None:
+        rule = self.started(max_rank=6)
+        for seed in range(3):
+            play(rule, self.updates(rule, seed, [1.0] * 4))
+            for layer in LAYERS:
+                tensors = rule.adapter_for("a").tensors
+                assert tensors[f"{layer}.lora_A"].shape[0] + tensors[f"{layer}.folded_A"].shape[0] == 6
+
+    def test_trainable_factors_are_the_strongest_components_balanced(self) -> None:
+        rule = self.started()
+        play(rule, self.updates(rule, 1, [1.0, 2.0, 3.0, 4.0]))
+        adapter = rule.adapter_for("a")
+        for layer in LAYERS:
+            strongest = torch.linalg.svdvals(adapter.change(layer).double())[:4]
+            a, b = adapter.tensors[f"{layer}.lora_A"].double(), adapter.tensors[f"{layer}.lora_B"].double()
+            assert torch.allclose(a @ a.T, torch.diag(strongest), atol=1e-5)
+            assert torch.allclose(b.T @ b, torch.diag(strongest), atol=1e-5)
+            assert (b.gather(0, b.abs().argmax(dim=0, keepdim=True)) > 0).all()
+
+    def test_spare_rows_keep_the_initial_directions(self) -> None:
+        """A change of rank 1 leaves three of four slots free: they stay trainable and add nothing."""
+        rule = self.started()
+        sent = rule.adapter_for("a")
+        update = train(sent, 0, scale=0.0)
+        for layer in LAYERS:
+            update.adapter.tensors[f"{layer}.lora_B"][:, 0] = 1.0
+        assert play(rule, {"a": update}) <= 1e-6
+        for layer in LAYERS:
+            tensors = rule.adapter_for("a").tensors
+            assert torch.equal(tensors[f"{layer}.lora_A"][1:], sent.tensors[f"{layer}.lora_A"][1:])
+            assert not tensors[f"{layer}.lora_B"][:, 1:].any()
+            assert f"{layer}.folded_A" not in tensors
+
+    def test_a_start_that_already_changes_the_base_is_kept(self) -> None:
+        """A run may go on from an adapter of an earlier one, folded factors and all."""
+        first = self.started()
+        play(first, self.updates(first, 1, [1.0] * 4))
+        begun = first.global_adapter()
+        assert any("folded_A" in name for name in begun.tensors)
+        second = build_rule(first.config)
+        second.start(begun, self.ranks)
+        assert distance(changes(second.global_adapter()), changes(begun)) <= 1e-6
+
+    def test_settings_out_of_range_are_all_named(self) -> None:
+        with pytest.raises(ConfigError) as caught:
+            build_rule(AggregationConfig(rule=self.rule, energy=1.5, max_rank=0))
+        assert len(caught.value.faults) == 2
+        rule = build_rule(AggregationConfig(rule=self.rule, max_rank=3))
+        with pytest.raises(ConfigError) as caught:
+            rule.start(initial_adapter(4), {"a": 4, "b": 5, "c": 0})
+        assert len(caught.value.faults) == 3
+
+
+class TestExactSplitMixedRanks(ExactRuleContract):
+    rule: ClassVar[str] = "exact_split"
+    ranks: ClassVar[dict[str, int]] = {"a": 2, "b": 4, "c": 8, "d": 2}
+
+    def test_every_rank_sees_the_same_weights(self) -> None:
+        rule = self.started(energy=0.9)
+        for seed in range(3):
+            play(rule, self.updates(rule, seed, [1.0, 2.0, 3.0, 4.0]))
+            for site in self.ranks:
+                assert distance(changes(rule.adapter_for(site)), changes(rule.global_adapter())) <= 1e-6
+
+
+class TestFedIT(AggregationRuleContract):
+    rule: ClassVar[str] = "fedit"
+    ranks: ClassVar[dict[str, int]] = {"a": 4, "b": 4, "c": 4, "d": 4}
+
+    def test_factors_are_averaged_each_for_itself(self) -> None:
+        rule = self.started()
+        updates = self.updates(rule, 1, [1.0, 5.0, 2.0, 3.0])
+        play(rule, updates)
+        for layer in LAYERS:
+            for name in (f"{layer}.lora_A", f"{layer}.lora_B"):
+                parts = [(u.weight, {name: u.adapter.tensors[name].double()}) for u in updates.values()]
+                assert (
+                    distance({name: rule.global_adapter().tensors[name].double()}, dense_mean(parts)) <= 1e-6
+                )
+
+    def test_cross_terms_show_in_the_residual(self) -> None:
+        """Two sites that moved apart: the product of means is half their sum, by hand."""
+        rule = build_rule(AggregationConfig(rule=self.rule))
+        start = Adapter({"l.lora_A": torch.tensor([[1.0, 0.0]]), "l.lora_B": torch.zeros(2, 1)}, BASE, 1)
+        rule.start(start, {"a": 1, "b": 1})
+        one = Adapter(
+            {"l.lora_A": torch.tensor([[1.0, 0.0]]), "l.lora_B": torch.tensor([[1.0], [0.0]])}, BASE, 1
+        )
+        two = Adapter(
+            {"l.lora_A": torch.tensor([[0.0, 1.0]]), "l.lora_B": torch.tensor([[0.0], [1.0]])}, BASE, 1
+        )
+        residual = play(rule, {"a": AdapterUpdate(one, 1.0, ""), "b": AdapterUpdate(two, 1.0, "")})
+        # down = [[1/4, 1/4], [1/4, 1/4]], mean = [[1/2, 0], [0, 1/2]]
+        assert torch.equal(rule.global_adapter().change("l"), torch.full((2, 2), 0.25))
+        assert residual == pytest.approx(0.5 / math.sqrt(0.5))
+
+    def test_shared_a_makes_it_exact(self) -> None:
+        rule = self.started()
+        updates = self.updates(rule, 1, [1.0, 5.0, 2.0, 3.0])
+        for update in updates.values():
+            for layer in LAYERS:
+                update.adapter.tensors[f"{layer}.lora_A"].copy_(
+                    rule.adapter_for("a").tensors[f"{layer}.lora_A"]
+                )
+        assert play(rule, updates) <= 1e-6
+
+    def test_mixed_ranks_are_refused_with_every_site_named(self) -> None:
+        rule = build_rule(AggregationConfig(rule=self.rule))
+        with pytest.raises(ConfigError, match="exact_split") as caught:
+            rule.start(initial_adapter(4), {"a": 4, "b": 2, "c": 8})
+        assert len(caught.value.faults) == 2
+
+
+def truncated(matrix: Tensor, rank: int) -> Tensor:
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :rank] * s[:rank] @ vt[:rank]
+
+
+@settings(max_examples=40, deadline=None)
+@given(ranks=st.lists(st.integers(1, 8), min_size=4, max_size=4), data=st.data())
+def test_exact_split_is_the_dense_mean_for_any_ranks_weights_and_replies(
+    ranks: list[int], data: st.DataObject
+) -> None:
+    contract = ExactRuleContract()
+    contract.rule, contract.ranks = "exact_split", dict(zip("abcd", ranks, strict=True))
+    rule = contract.started()
+    for seed in range(2):
+        weights = data.draw(st.lists(st.integers(1, 1000), min_size=4, max_size=4))
+        silent = data.draw(st.sets(st.sampled_from("abcd"), max_size=3))
+        sent = {site: rule.adapter_for(site) for site in "abcd"}
+        updates = {k: v for k, v in contract.updates(rule, seed, weights).items() if k not in silent}
+        parts = [(update.weight, site_weights(sent[site], update)) for site, update in updates.items()]
+        assert play(rule, updates) <= 1e-6
+        assert distance(changes(rule.global_adapter()), dense_mean(parts)) <= 2e-6
+
+
+def test_every_registered_rule_has_a_contract_class() -> None:
+    tested = set()
+    classes = [AggregationRuleContract]
+    while classes:
+        each = classes.pop()
+        classes += each.__subclasses__()
+        tested.add(each.rule)
+    assert tested - {""} == set(RULES)
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("exact_spilt", "exact_split"), ("fedIT", "fedit")])
+def test_unknown_rule_names_the_nearest(wrong: str, right: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean '{right}'"):
+        build_rule(AggregationConfig(rule=wrong))
+
+
+def test_unknown_rule_far_from_any_lists_them_all() -> None:
+    with pytest.raises(ConfigError, match=r"known: exact_split, fedit"):
+        build_rule(AggregationConfig(rule="zzz"))
