@@ -67,6 +67,8 @@ def adapt(
             losses.append(loss.item())
         trained = teacher.slots.read()
     if not all(math.isfinite(loss) for loss in losses):
-        raise ArtefactError("the training loss is not finite: lower teacher.learning_rate or check the images")
+        raise ArtefactError(
+            "the training loss is not finite: lower teacher.learning_rate or check the images"
+        )
     tenth = max(1, len(losses) // 10)
     return Adaptation(trained, (sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth))

@@ -155,4 +155,6 @@ def evaluate(weights: Path, manifest: Path, as_json: bool) -> None:
     for metric in metrics:
         mean = "-" if metric.value is None else f"{metric.value:.3f}"
         interval = "-" if metric.ci95 is None else f"{metric.ci95[0]:.3f} to {metric.ci95[1]:.3f}"
-        click.echo(f"{metric.class_name:<16} {metric.metric:<6} {mean:>8}   {interval:<16}{metric.patients:>8}")
+        click.echo(
+            f"{metric.class_name:<16} {metric.metric:<6} {mean:>8}   {interval:<16}{metric.patients:>8}"
+        )

@@ -24,7 +24,7 @@ class Curated:
 
 
 def agreement(probability: Tensor, mask: Tensor) -> Tensor:
-    """Dice of the thresholded probabilities with the conditioning mask, an image; both (N, C, S, S) -> (N,)."""
+    """Dice of the thresholded probabilities with the mask, an image; both (N, C, S, S) -> (N,)."""
     found = (probability > 0.5).float()
     both = (found * mask).sum((1, 2, 3))
     return (2 * both + 1) / (found.sum((1, 2, 3)) + mask.sum((1, 2, 3)) + 1)

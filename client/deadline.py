@@ -9,7 +9,7 @@ from common.errors import DeadlinePassed
 
 
 class Deadline:
-    """Raises ``DeadlinePassed`` from ``check`` once ``seconds`` have passed; training checks at every step."""
+    """Raises ``DeadlinePassed`` from ``check`` once ``seconds`` have passed; training checks each step."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds, self._clock, self._start = seconds, clock, clock()

@@ -107,9 +107,11 @@ def label_with_teacher(teacher: Teacher, images: Tensor, masks: Tensor, syntheti
 
 
 def real_crops(patients: Sequence[Patient], plan: RunPlan, seed: int) -> tuple[Tensor, Tensor]:
-    """A fixed set of the site's training crops, labelled or not: images and masks (NaN: unlabelled)."""
+    """A fixed set of the site's training crops, labelled or not: images, masks (NaN: unlabelled)."""
     samples = sum(len(patient.samples) for patient in patients)
-    crops = PatchSampler(patients, plan.data.image_size, seed, labelled=None).crops(max(96, min(samples, 192)))
+    crops = PatchSampler(patients, plan.data.image_size, seed, labelled=None).crops(
+        max(96, min(samples, 192))
+    )
     blank = torch.full((len(plan.data.classes), plan.data.image_size, plan.data.image_size), float("nan"))
     masks = [blank if crop.mask is None else crop.mask.float() for crop in crops]
     return torch.stack([crop.image for crop in crops]), torch.stack(masks)
@@ -118,7 +120,7 @@ def real_crops(patients: Sequence[Patient], plan: RunPlan, seed: int) -> tuple[T
 def assemble_transfer_set(
     real: tuple[Tensor, Tensor] | None, synthetic: SyntheticSet | None, teacher: Teacher | None
 ) -> TransferSet | None:
-    """Join real crops and synthetic images and label both; without a teacher only what has a mask is usable."""
+    """Join real crops and synthetic images and label both; without a teacher only masked ones are usable."""
     images, masks, flags = [], [], []
     if real is not None and teacher is not None:
         images.append(real[0])

@@ -42,7 +42,11 @@ class SyntheticSet:
 
 
 def synthesise(
-    generator: ResidentGenerator, adapter: Adapter, summaries: Sequence[StyleSummary], plan: RunPlan, seed: int
+    generator: ResidentGenerator,
+    adapter: Adapter,
+    summaries: Sequence[StyleSummary],
+    plan: RunPlan,
+    seed: int,
 ) -> SyntheticSet:
     """``plan.generator.images`` images in the styles of ``summaries``, classes in turn.
 
@@ -90,7 +94,9 @@ def _sample(
     network: StyleDiffusion, mask: Tensor, style: Tensor, plan: RunPlan, noise: torch.Generator
 ) -> Tensor:
     global denoiser_calls
-    scheduler = DPMSolverMultistepScheduler(prediction_type="sample", algorithm_type="dpmsolver++", **SCHEDULE)
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="sample", algorithm_type="dpmsolver++", **SCHEDULE
+    )
     scheduler.set_timesteps(plan.generator.sampler_steps)
     half = plan.data.image_size // 2
     state = torch.randn((len(mask), 12, half, half), generator=noise)
@@ -101,9 +107,7 @@ def _sample(
     image = (inverse_haar(state) + 1) / 2
     grey = (style[:, 0:3].std(1) + style[:, 6:9].std(1)) < 1e-3
     image[grey] = image[grey].mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    low = torch.quantile(image.flatten(2), 0.005, dim=2)[..., None, None]
-    high = torch.quantile(image.flatten(2), 0.997, dim=2)[..., None, None]
-    return ((image - low) / (high - low).clamp(min=0.05)).clamp(0, 1)  # as client.data does to real images
+    return image.clamp(0, 1)  # no stretch: the style says how bright and how strong this image is
 
 
 def fine_tune(

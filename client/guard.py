@@ -43,7 +43,9 @@ class Guard:
             self.site.accept(plan)
         except PolicyRefusal as refusal:
             answer = replace(answer, agrees=False, code=refusal.border_code, field=refusal.field)
-        return PlanAnswer(**self._egress(plan).release_numbers(order.stage, order.index, "answer", asdict(answer)))
+        return PlanAnswer(
+            **self._egress(plan).release_numbers(order.stage, order.index, "answer", asdict(answer))
+        )
 
     def adapt(self, order: Round, adapter: Adapter) -> AdapterUpdate:
         plan = self.site.accepted_plan(order.plan_sha256)
@@ -55,7 +57,11 @@ class Guard:
         plan = self.site.accepted_plan(order.plan_sha256)
         seed = self.site.draw_seed(plan, "style")
         summary = summarise_style(
-            self._labelled(plan), plan.generator.style_groups, self.site.policy.min_group_patients, seed
+            self._labelled(plan),
+            plan.data.image_size,
+            plan.generator.style_groups,
+            self.site.policy.min_group_patients,
+            seed,
         )
         self._egress(plan).release_numbers(order.stage, order.index, "style", asdict(summary))
         return summary
@@ -88,7 +94,9 @@ class Guard:
             val=len(parts[Split.val]),
             test=len(parts[Split.test]),
         )
-        metrics = workshop.evaluate_models(self.site, plan, adapter, parts[Split.test], Deadline(order.deadline_s))
+        metrics = workshop.evaluate_models(
+            self.site, plan, adapter, parts[Split.test], Deadline(order.deadline_s)
+        )
         answer = SiteMetrics(self.site.name, counts, metrics)
         self._egress(plan).release_numbers(order.stage, order.index, "metrics", asdict(answer))
         return answer

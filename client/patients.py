@@ -20,7 +20,7 @@ class Sample:
     """One image of a patient, as the models see it.
 
     Attributes:
-        image: (3, H, W) float32 in [0, 1], percentile-stretched a channel; grey images have three equal channels.
+        image: (3, H, W) float32 in [0, 1], percentile-stretched a channel; grey means three equal channels.
         mask: (C, H, W) uint8, one plane a foreground class, or None for an unlabelled image.
         valid: (H, W) bool, False outside the field of view.
         spacing_mm: (row, column) size of a pixel of *this* tensor, or None if unknown.

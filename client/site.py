@@ -19,7 +19,7 @@ from common.seeding import derive_seed
 
 @dataclass(frozen=True)
 class Site:
-    """A folder with ``site.yaml``; everything the site produces is written below the folder and stays there."""
+    """A folder with ``site.yaml``; what the site produces is written below it and stays there."""
 
     name: str
     folder: Path

@@ -24,7 +24,7 @@ from common.teacher import select_head
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """``logits`` (B, C, S, S); ``deep`` (B, D, S/8, S/8) and ``late`` (B, L, S/2, S/2) for feature alignment."""
+    """``logits`` (B, C, S, S); ``deep`` (B, D, S/8, S/8) and ``late`` (B, L, S/2, S/2) to align."""
 
     logits: Tensor
     deep: Tensor
@@ -36,7 +36,7 @@ class UNetXS(nn.Module):
 
     MONAI normalises a U-Net's own output channels an image, which with one output channel fixes the share of
     foreground whatever the image shows. So the body ends with eight channels and a plain 1 x 1 head follows:
-    an empty mask can be represented. InstanceNorm without statistics: no BatchNorm, nothing to average wrongly.
+    an empty mask can be represented. InstanceNorm keeps no statistics: nothing to average wrongly.
     """
 
     deep_channels, late_channels = 96, 16
@@ -118,7 +118,9 @@ class LoadedStudent:
     card: StudentCard
 
 
-def save_student(student: UNetXS, path: Path, name: str, data: DataConfig, about: dict[str, Any]) -> StudentCard:
+def save_student(
+    student: UNetXS, path: Path, name: str, data: DataConfig, about: dict[str, Any]
+) -> StudentCard:
     """Write ``path`` (safetensors) and its card beside it. ``about`` has ``run_id`` and ``model``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.detach().cpu().contiguous() for key, value in student.state_dict().items()}, path)
@@ -141,7 +143,9 @@ def load_student(path: Path) -> LoadedStudent:
     card_path = path.with_suffix(".json")
     for needed in (path, card_path):
         if not needed.exists():
-            raise ArtefactError(f"{needed} is missing: a student is a .safetensors file with its .json beside it")
+            raise ArtefactError(
+                f"{needed} is missing: a student is a .safetensors file with its .json beside it"
+            )
     try:
         card: StudentCard = rebuild(StudentCard, json.loads(card_path.read_text()))
         if sha256_of_file(path) != card.sha256:

@@ -6,18 +6,19 @@ that look alike (k-means), and only groups of at least the policy's number of *p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans2
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import binary_erosion, gaussian_filter
 from torch import Tensor
 
-from client.patients import Patient
+from client.patients import Patient, Sample
 from common.errors import PolicyRefusal
 from common.style import STYLE_BOUNDS, StyleGroup, StyleSummary
+
+TEXTURE_SIGMA = 4.0  # pixels
 
 
 def style_vector(image: Tensor, mask: Tensor, valid: Tensor) -> NDArray[np.float64] | None:
@@ -29,19 +30,32 @@ def style_vector(image: Tensor, mask: Tensor, valid: Tensor) -> NDArray[np.float
     front, back = (mask > 0) & valid, (mask == 0) & valid
     if front.sum() < 8 or back.sum() < 8:
         return None
-    inside, outside = image[:, front], image[:, back]
     body = front.numpy()
     perimeter = max(int((body & ~binary_erosion(body)).sum()), 1)
-    numbers = torch.cat([inside.mean(1), inside.std(1), outside.mean(1), outside.std(1)]).double().numpy()
+    pixels = image.numpy()
+    colours = [part for region in (body, back.numpy()) for part in _colour_and_texture(pixels, region)]
     shape = [np.log(front.sum().item() / valid.sum().item()), np.log(body.sum() / perimeter)]
     low, high = np.array(STYLE_BOUNDS).T
-    return np.clip(np.concatenate([numbers, shape]), low, high)
+    return np.clip(np.concatenate([*colours, shape]), low, high)
+
+
+def _colour_and_texture(image: NDArray[np.float32], region: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
+    """Mean of each channel over ``region``, and the standard deviation of what is finer than `TEXTURE_SIGMA`.
+
+    Slow changes of light are left out of the deviation: a generator would paint them as grain.
+    """
+    weight = gaussian_filter(region.astype(np.float32), TEXTURE_SIGMA) + 1e-6
+    slow = np.stack([gaussian_filter(channel * region, TEXTURE_SIGMA) / weight for channel in image])
+    return [image[:, region].mean(1, dtype=np.float64), (image - slow)[:, region].std(1, dtype=np.float64)]
 
 
 def summarise_style(
-    patients: Sequence[Patient], max_groups: int, min_patients: int, seed: int
+    patients: Sequence[Patient], size: int, max_groups: int, min_patients: int, seed: int
 ) -> StyleSummary:
-    """Group the labelled samples of ``patients`` and keep the groups that are large enough.
+    """Group the labelled images of ``patients`` and keep the groups that are large enough.
+
+    An image larger than ``size`` pixels (what a generator paints) is described tile by tile: over a whole
+    fundus the light changes far more than within one tile, and would be taken for texture.
 
     Guarantee: every shared group covers at least ``min_patients`` patients. Each number lies within
     `STYLE_BOUNDS`.
@@ -49,7 +63,7 @@ def summarise_style(
     Raises:
         PolicyRefusal: no group is large enough (field ``min_group_patients``).
     """
-    vectors, owners = _vectors(patients)
+    vectors, owners = _vectors(patients, size)
     low, high = np.array(STYLE_BOUNDS).T
     groups: list[StyleGroup] = []
     if len(set(owners)) >= min_patients:
@@ -70,23 +84,41 @@ def summarise_style(
     return StyleSummary(groups)
 
 
-def _vectors(patients: Sequence[Patient]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _vectors(patients: Sequence[Patient], size: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     vectors, owners = [], []
     for owner, patient in enumerate(patients):
         for sample in patient.samples:
-            if sample.mask is None:
-                continue
-            vector = style_vector(sample.image, sample.mask.amax(0), sample.valid)
-            if vector is not None:
+            for vector in _tile_vectors(sample, size):
                 vectors.append(vector)
                 owners.append(owner)
     return np.array(vectors).reshape(-1, len(STYLE_BOUNDS)), np.array(owners, np.int64)
 
 
+def _tile_vectors(sample: Sample, size: int) -> Iterator[NDArray[np.float64]]:
+    """The vectors of the sample's tiles of about ``size`` pixels that lie inside the field of view."""
+    if sample.mask is None:
+        return
+    foreground = sample.mask.amax(0)
+    height, width = foreground.shape
+    down, across = max(1, height // size), max(1, width // size)
+    for row in range(down):
+        for column in range(across):
+            where = (
+                slice(row * height // down, (row + 1) * height // down),
+                slice(column * width // across, (column + 1) * width // across),
+            )
+            valid = sample.valid[where]
+            if valid.float().mean() < 0.9:
+                continue
+            vector = style_vector(sample.image[:, where[0], where[1]], foreground[where], valid)
+            if vector is not None:
+                yield vector
+
+
 def _cluster(
     scaled: NDArray[np.float64], owners: NDArray[np.int64], max_groups: int, min_patients: int, seed: int
 ) -> NDArray[np.int64]:
-    """The finest k-means partition whose groups are all large enough; otherwise the coarsest with any that is.
+    """The finest k-means partition whose groups are all large enough, else the coarsest with one that is.
 
     Colour separates appearances, size does not: the two shape numbers count a quarter.
     """
@@ -105,7 +137,7 @@ def _cluster(
 def sample_styles(
     summaries: Sequence[StyleSummary], count: int, rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """``count`` style vectors (count, 14): sites in turn, groups by the root of their weight, jittered 0.7 sd.
+    """``count`` style vectors (count, 14): sites in turn, groups by the root of their weight, jittered.
 
     The root lifts rare appearances, which are what a student of another site lacks.
     """

@@ -81,7 +81,7 @@ class Workshop:
             path = self.site.folder / "baselines" / f"{LOCAL_TEACHER}.safetensors"
             path.parent.mkdir(exist_ok=True)
             self.local_adapter(deadline).save(path)
-        if curated is not None:
+        if curated is not None and curated.generated:
             save_synthetic(synthetic_part(curated.transfer), self.site.folder / "synthetic", self.plan)
         return self._note(curated)
 
@@ -117,7 +117,7 @@ class Workshop:
         return real_crops(self.train, self.plan, self.site.draw_seed(self.plan, "crops"))
 
     def _synthetic(self, styles: str, deadline: Deadline) -> SyntheticSet | None:
-        """Images in every site's styles or in this site's own; None where the scope or the policy has none."""
+        """Images in every site's styles or in this site's own; None where the scope has none."""
         scope = self.plan.generator.scope
         own_only = styles == "own" or scope == GeneratorScope.local
         chosen = [self.styles[name] for name in sorted(self.styles) if not own_only or name == self.site.name]
@@ -228,12 +228,14 @@ def opened_models(site: Site, plan: RunPlan, adapter: Adapter) -> Iterator[dict[
 def evaluate_models(
     site: Site, plan: RunPlan, adapter: Adapter, test: Sequence[Patient], deadline: Deadline
 ) -> list[Metric]:
-    """Each model on this site's own test patients; only what the policy's smallest cell allows is released."""
+    """Each model on this site's own test patients; the policy's smallest cell decides what is released."""
     seed = site.draw_seed(plan, "bootstrap")
     released: list[Metric] = []
     with opened_models(site, plan, adapter) as models:
         for name, make_ready in models.items():
             deadline.check("evaluating")
-            values = evaluate_patients(make_ready(), test, plan.data.classes, plan.data.image_size, plan.evaluation)
+            values = evaluate_patients(
+                make_ready(), test, plan.data.classes, plan.data.image_size, plan.evaluation
+            )
             released += release_metrics(name, values, plan.evaluation, site.policy, seed)
     return released

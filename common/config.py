@@ -98,7 +98,8 @@ def save_site(site: SiteFile, path: Path) -> None:
 def _save(section: Recipe | SiteFile, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(asdict(section)))  # enums as their text
-    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    # Letters beyond ASCII are escaped: unescaped, YAML takes some of them for the end of a line.
+    path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
 
 
 def load_run_config(path: Path) -> Recipe:

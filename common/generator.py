@@ -69,22 +69,23 @@ class StyleDiffusion(nn.Module):
         self.style = nn.Sequential(nn.Linear(len(STYLE_FIELDS), 96), nn.SiLU(), nn.Linear(96, 96))
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
-        bounds = torch.tensor(STYLE_BOUNDS)
-        self.register_buffer("style_low", bounds[:, 0], persistent=False)
-        self.register_buffer("style_range", bounds[:, 1] - bounds[:, 0], persistent=False)
 
     def forward(self, noisy: Tensor, time: Tensor, mask: Tensor, style: Tensor) -> Tensor:
         """``noisy`` (B, 12, S/2, S/2), ``time`` (B,) steps, ``mask`` (B, 1, S, S), ``style`` (B, 14)."""
         painted = palette(mask, style)
         bands = haar(painted)
         condition = torch.cat([noisy, F.pixel_unshuffle(mask, 2), bands[:, :3]], 1)
-        embedded = self.style((style - self.style_low) / self.style_range * 4 - 2)
-        correction = self.unet(condition, time, class_labels=embedded).sample
+        low, high = torch.tensor(STYLE_BOUNDS).T
+        embedded = self.style((style - low) / (high - low) * 4 - 2)
+        correction: Tensor = self.unet(condition, time, class_labels=embedded).sample
         return bands + 0.5 * correction
 
 
-def noise_scheduler() -> DDPMScheduler:
-    return DDPMScheduler(prediction_type="sample", **SCHEDULE)
+@lru_cache(maxsize=1)
+def signal_shares() -> Tensor:
+    """The share of the clean image in the noisy one's variance at each step of the schedule, (1000,)."""
+    shares: Tensor = DDPMScheduler(prediction_type="sample", **SCHEDULE).alphas_cumprod
+    return shares
 
 
 def diffusion_loss(
@@ -92,14 +93,15 @@ def diffusion_loss(
 ) -> Tensor:
     """Weighted squared error of the clean image at a random time; ``image`` (B, 3, S, S) in [0, 1]."""
     clean = haar(image * 2 - 1)
-    alphas = noise_scheduler().alphas_cumprod
-    time = torch.randint(0, len(alphas), (len(image),), generator=generator)
-    share = alphas[time].view(-1, 1, 1, 1)
+    shares = signal_shares()
+    time = torch.randint(0, len(shares), (len(image),), generator=generator)
+    share = shares[time].view(-1, 1, 1, 1)
     noise = torch.randn(clean.shape, generator=generator)
     noisy = share.sqrt() * clean + (1 - share).sqrt() * noise
     error = (network(noisy, time, mask, style) - clean).square().mean((1, 2, 3))
     signal_to_noise = (share / (1 - share)).flatten()
-    return (error * (1 + 0.5 * signal_to_noise.clamp(max=5))).mean()
+    loss: Tensor = (error * (1 + 0.5 * signal_to_noise.clamp(max=5))).mean()
+    return loss
 
 
 def shipped_generator(name: str) -> StyleDiffusion:
@@ -133,7 +135,9 @@ def resident_generator(name: str, rank: int) -> ResidentGenerator:
 
 def initial_adapter(config: GeneratorConfig, seed: int) -> Adapter:
     """What the federated scope's first round starts from."""
-    return resident_generator(config.name, config.rank).slots.initial(derive_seed(seed, "generator", "lora_A"))
+    return resident_generator(config.name, config.rank).slots.initial(
+        derive_seed(seed, "generator", "lora_A")
+    )
 
 
 def base_sha256(name: str) -> str:

@@ -35,7 +35,9 @@ class AdapterSlots:
     ) -> None:
         self.network, self.rank, self.base_sha256 = network, rank, base_sha256
         self._dense = {name: network.get_parameter(name) for name in dense}
-        config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(targets), bias="none")
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(targets), bias="none"
+        )
         inject_adapter_in_model(config, network, adapter_name=SLOT)
         self._layers = {
             name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)
@@ -61,7 +63,7 @@ class AdapterSlots:
         return {**found, **self._dense}
 
     def initial(self, seed: int) -> Adapter:
-        """The adapter to start a run from: A uniform as in LoRA's reference code, B zero, dense as shipped."""
+        """The adapter to start a run from: A uniform as LoRA's authors have it, B zero, dense as shipped."""
         generator = torch.Generator().manual_seed(seed)
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.trainable().items():
@@ -78,7 +80,7 @@ class AdapterSlots:
 
     @torch.no_grad()
     def write(self, adapter: Adapter) -> None:
-        """Load ``adapter`` in place. Raises ``ArtefactError``, before anything changes, if it does not fit."""
+        """Load ``adapter`` in place. Raises ``ArtefactError``, before anything changes, if it is no fit."""
         self._check(adapter)
         for name, layer in self._layers.items():
             weight = self._base(layer)

@@ -144,6 +144,6 @@ def rebuild(kind: Any, value: Any) -> Any:
         return tuple(value)
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         return kind(value)
-    if kind is float and isinstance(value, int):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-
 # Names that a recipe may use. The modules that build these things register the same names (a test
 # compares them); they stand here so that a recipe is checked without loading any of those modules.
 TEACHERS = ("ward-sam-tiny",)
@@ -41,9 +40,9 @@ class Anatomy(StrEnum):
 
 
 class GeneratorScope(StrEnum):
-    style = "style"  # the shipped generator, driven by every site's style summary; never trained on a real pixel
+    style = "style"  # the shipped generator in every site's style; never trained on a real pixel
     local = "local"  # fine-tuned on the site's own images, sampling the site's own styles
-    federated = "federated"  # its adapter fine-tuned at the sites and aggregated, sampling every site's styles
+    federated = "federated"  # its adapter fine-tuned at the sites and aggregated; every site's styles
     none = "none"  # no synthetic image
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Colour of foreground and background (mean and standard deviation a channel), then two shape numbers.
+# Colour and fine texture of foreground and background (mean and deviation a channel), then two shape numbers.
 STYLE_FIELDS = (
     "fg_mean_r", "fg_mean_g", "fg_mean_b", "fg_std_r", "fg_std_g", "fg_std_b",
     "bg_mean_r", "bg_mean_g", "bg_mean_b", "bg_std_r", "bg_std_g", "bg_std_b",

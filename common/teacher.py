@@ -33,7 +33,7 @@ teachers_built = 0  # how many networks this process has built: tests assert tha
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """``logits`` (B, C, S, S); ``tokens`` (B, 96, S/8, S/8) and ``feature`` (B, 32, S/2, S/2) for distillation."""
+    """``logits`` (B, C, S, S); ``tokens`` (B, 96, S/8, S/8) and ``feature`` (B, 32, S/2, S/2)."""
 
     logits: Tensor
     tokens: Tensor
@@ -62,7 +62,8 @@ def tiny_config(image_size: int) -> SamVisionConfig:
     """
     return SamVisionConfig(
         hidden_size=128, num_hidden_layers=4, num_attention_heads=4, mlp_dim=512, output_channels=96,
-        image_size=image_size, patch_size=PATCH, window_size=4, global_attn_indexes=[1, 3], initializer_range=0.02,
+        image_size=image_size, patch_size=PATCH, window_size=4, global_attn_indexes=[1, 3],
+        initializer_range=0.02,
     )  # fmt: skip
 
 
@@ -70,7 +71,9 @@ def resize_position_tables(encoder: SamVisionModel, image_size: int) -> None:
     """Interpolate the absolute and the global layers' relative position tables for another image size."""
     inner = encoder.vision_encoder
     grid = image_size // PATCH
-    table = F.interpolate(inner.pos_embed.permute(0, 3, 1, 2), (grid, grid), mode="bicubic", align_corners=False)
+    table = F.interpolate(
+        inner.pos_embed.permute(0, 3, 1, 2), (grid, grid), mode="bicubic", align_corners=False
+    )
     inner.pos_embed = nn.Parameter(table.permute(0, 2, 3, 1).contiguous())
     for layer in inner.layers:
         if layer.window_size == 0:
@@ -121,7 +124,7 @@ class ResidentTeacher:
 
     @contextmanager
     def visit(self, adapter: Adapter, train: bool = False) -> Iterator[Teacher]:
-        """The teacher with ``adapter`` written into it; gradients reach the trainable tensors if ``train``."""
+        """The teacher with ``adapter`` written into it; its tensors take gradients if ``train``."""
         with self.slots.visit(adapter, train):
             yield self.network
 
@@ -136,9 +139,9 @@ def select_head(head: nn.Conv2d, rows: list[int]) -> None:
 
 @lru_cache(maxsize=2)
 def _resident(key: str) -> ResidentTeacher:
-    from common.plan import rebuild
-
     import json
+
+    from common.plan import rebuild
 
     teacher, data = json.loads(key)
     return ResidentTeacher(rebuild(TeacherConfig, teacher), rebuild(DataConfig, data))

@@ -56,8 +56,7 @@ def call_the_roll(rounds: Rounds, recipe: Recipe, before: RunOutcome | None) -> 
     ]
     names = {label: answer.site for label, answer in answers.items() if label not in faults}
     finished = _renamed(finished, names, agreed, faults)
-    for answer in refused:
-        finished.collection.rejected.append(Rejection(answer.site, _words(answer)))
+    finished.collection.rejected += [Rejection(answer.site, _words(answer)) for answer in refused]
     for rejection in finished.collection.rejected:
         rounds.events.write("refused", stage=Stage.propose, site=rejection.site, reason=rejection.reason)
     rounds.require(finished, len(agreed))

@@ -89,9 +89,14 @@ def _site_entries(outcome: RunOutcome) -> list[SiteEntry]:
         counts, note = answer.counts, outcome.notes.get(name)
         entries.append(
             SiteEntry(
-                id=name, patients=counts.patients, images=counts.images, train=counts.train, val=counts.val,
-                test=counts.test, student="" if note is None else note.name,
-            )  # fmt: skip
+                id=name,
+                patients=counts.patients,
+                images=counts.images,
+                train=counts.train,
+                val=counts.val,
+                test=counts.test,
+                student="" if note is None else note.name,
+            )
         )
     return entries
 
@@ -117,7 +122,7 @@ def _synthetic_entry(note: StudentNote) -> SyntheticEntry:
 
 
 def _no_guarantee(plan: RunPlan) -> PrivacyEntry:
-    """This version has no differential privacy (a recipe that asks for it is refused), so no figure either."""
+    """No differential privacy in this version (a recipe that asks for it is refused), so no figure."""
     return PrivacyEntry(stages=[PrivacyStage(str(stage), "none") for stage in plan.stages])
 
 
@@ -130,10 +135,13 @@ def _receipts(sites: Sequence[Site]) -> list[EgressEntry]:
             name = value["name"]
             entries.append(
                 EgressEntry(
-                    site=value["site"], round=value["round"], name=name, bytes=value["bytes"],
-                    sha256=value["sha256"], mechanism=value["mechanism"], epsilon_after=value["epsilon_after"],
-                )  # fmt: skip
+                    site=value["site"],
+                    round=value["round"],
+                    name=name,
+                    bytes=value["bytes"],
+                    sha256=value["sha256"],
+                    mechanism=value["mechanism"],
+                    epsilon_after=value["epsilon_after"],
+                )
             )
     return entries
-
-

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from client.evaluation import evaluate_patients, release_metrics
 from client.patients import Patient, Split, of_split
 from client.site import Site
-from client.workshop import opened_models
+from client.workshop import Forward, opened_models
 from common import progress
 from common.adapter import Adapter
 from common.guard_api import Metric
@@ -47,7 +47,7 @@ def cross_test(sites: Sequence[Site], plan: RunPlan, adapter: Adapter) -> list[B
     return cells
 
 
-def _everywhere(forward, tests: Sequence[Sequence[Patient]], plan: RunPlan) -> Values:  # type: ignore[no-untyped-def]
+def _everywhere(forward: Forward, tests: Sequence[Sequence[Patient]], plan: RunPlan) -> Values:
     parts = [
         evaluate_patients(forward, test, plan.data.classes, plan.data.image_size, plan.evaluation)
         for test in tests

@@ -33,10 +33,14 @@ def site_pictures(site: Site, plan: RunPlan, adapter: Adapter) -> list[Picture]:
     test = of_split(site.patients(plan.data, plan.seed), Split.test)
     cases = [patient.samples[0] for patient in test[:CASES]]
     pictures = [case_panel(site, plan, adapter, cases)]
-    synthetic = sorted(path for path in (site.folder / "synthetic").glob("[0-9]*.png") if "mask" not in path.name)
+    synthetic = sorted(
+        path for path in (site.folder / "synthetic").glob("[0-9]*.png") if "mask" not in path.name
+    )
     if synthetic:
         train = of_split(site.patients(plan.data, plan.seed), Split.train)
-        pictures.append(synthetic_panel(site, plan, train, [np.asarray(Image.open(p)) for p in synthetic[:PAIRS]]))
+        pictures.append(
+            synthetic_panel(site, plan, train, [np.asarray(Image.open(p)) for p in synthetic[:PAIRS]])
+        )
     return pictures
 
 
@@ -47,21 +51,28 @@ def case_panel(site: Site, plan: RunPlan, adapter: Adapter, cases: Sequence[Samp
             if name in models:
                 forward = models[name]()
                 found[name] = [
-                    predict(forward, case.image, plan.data.image_size, plan.evaluation.overlap) for case in cases
+                    predict(forward, case.image, plan.data.image_size, plan.evaluation.overlap)
+                    for case in cases
                 ]
     rows = []
     for index, case in enumerate(cases):
-        truth = case.mask.amax(0).numpy() > 0 if case.mask is not None else np.zeros(case.image.shape[1:], bool)
+        truth = (
+            case.mask.amax(0).numpy() > 0 if case.mask is not None else np.zeros(case.image.shape[1:], bool)
+        )
         tiles = [_tile(case.image), _outlined(case.image, truth, TRUTH)]
         for maps in found.values():
             drawn = (maps[index].amax(0).numpy() > 0.5) & case.valid.numpy()
             tiles.append(_outlined(case.image, drawn, FOUND))
         rows.append(_join(tiles, axis=1))
     columns = ["image", "truth", *found]
-    return Picture(site.name, "cases", "Test patients of this site, never trained on.", columns, _png(_join(rows, 0)))
+    return Picture(
+        site.name, "cases", "Test patients of this site, never trained on.", columns, _png(_join(rows, 0))
+    )
 
 
-def synthetic_panel(site: Site, plan: RunPlan, train: Sequence[Patient], synthetic: Sequence[Pixels]) -> Picture:
+def synthetic_panel(
+    site: Site, plan: RunPlan, train: Sequence[Patient], synthetic: Sequence[Pixels]
+) -> Picture:
     size = plan.data.image_size
     real = [patient.samples[0].image for patient in train[:PAIRS]]
     corners = [(max(0, (i.shape[1] - size) // 2), max(0, (i.shape[2] - size) // 2)) for i in real]
@@ -70,7 +81,9 @@ def synthetic_panel(site: Site, plan: RunPlan, train: Sequence[Patient], synthet
     width = min(tile.shape[1] for tile in tiles)
     caption = "Above: real training images of this site. Below: synthetic images in the styles of all sites."
     if plan.generator.scope == "local":
-        caption = "Above: real training images of this site. Below: synthetic images in this site's own style."
+        caption = (
+            "Above: real training images of this site. Below: synthetic images in this site's own style."
+        )
     rows = [tile[:, :width] for tile in tiles]
     return Picture(site.name, "synthetic", caption, ["real (above), synthetic (below)"], _png(_join(rows, 0)))
 

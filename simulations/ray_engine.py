@@ -29,7 +29,8 @@ from common.config import load_run_config
 from server.app import app as server_app
 from simulations.loopback import environment
 
-STOP_PATIENCE_S = 30.0
+STOP_PATIENCE_S = 15.0
+ACTOR = "ray::ClientAppA"  # how Linux shows an actor's process: 15 characters of its title
 TOKEN = "WARDROUND_RAY_TOKEN"  # in the environment of every process of one call, and of no other
 DEPRECATED = "The `run_simulation` function is deprecated"
 
@@ -118,32 +119,18 @@ def run_ray(run_dir: Path, sites_dir: Path) -> None:
     actors = min(os.cpu_count() or 1, nodes)
     server = _Server(actors)
     token = secrets.token_hex(16)
-    variables = {
-        TOKEN: token,
-        "WARDROUND_RUN": str(run_dir.resolve()),
-        "WARDROUND_SITES": str(sites_dir.resolve()),
-        "OMP_NUM_THREADS": str(recipe.run.threads),  # torch in the actors takes its threads from this
-        "OMP_WAIT_POLICY": "passive",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),  # Flower changes it for its actors
-    }
     # A short path: Ray's sockets lie below it, and a socket's path has 107 characters at most.
     with (
-        environment(variables),
+        environment(_variables(run_dir, sites_dir, recipe.run.threads) | {TOKEN: token}),
         _quiet_flower(),
         tempfile.TemporaryDirectory(prefix="wr-", dir="/tmp") as folder,
     ):
         init = {"num_cpus": actors, "_temp_dir": folder, "log_to_driver": False, "logging_level": "error"}
+        resources = {"num_cpus": 1, "num_gpus": 0.0}
+        config = {"init_args": init, "client_resources": resources}
         try:
-            run_simulation(
-                server.app,
-                client_app,
-                nodes,
-                backend_config={"init_args": init, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
-            )
+            with _ctrl_c(server, token):
+                run_simulation(server.app, client_app, nodes, backend_config=config)
         finally:
             server.stop.set()
             ray.shutdown()
@@ -153,14 +140,68 @@ def run_ray(run_dir: Path, sites_dir: Path) -> None:
         raise server.error
 
 
+def _variables(run_dir: Path, sites_dir: Path, threads: int) -> dict[str, str]:
+    """What the server's thread and the actors' processes find in their environment."""
+    return {
+        "WARDROUND_RUN": str(run_dir.resolve()),
+        "WARDROUND_SITES": str(sites_dir.resolve()),
+        "OMP_NUM_THREADS": str(threads),  # torch in the actors takes its threads from this
+        "OMP_WAIT_POLICY": "passive",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),  # Flower changes it for its actors
+    }
+
+
+@contextmanager
+def _ctrl_c(server: _Server, token: str) -> Iterator[None]:
+    """Turn Ctrl-C into an orderly end, and raise it afterwards; a second Ctrl-C strikes at once.
+
+    Struck inside Flower it would shut Ray down under threads that wait for an actor, and they never return.
+    Here the actors are killed first, which ends those waits, and the server's thread ends at its next step.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    struck = threading.Event()
+
+    def strike(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        struck.set()
+        server.stop.set()
+        _kill(process for process in _marked(token) if _title(process) == ACTOR)
+
+    signal.signal(signal.SIGINT, strike)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if struck.is_set():
+            raise KeyboardInterrupt
+
+
 def _see_off(token: str) -> None:
     """Wait for the processes of this call, which Ray only asks to end, and kill what stays. Linux only."""
     until = time.monotonic() + STOP_PATIENCE_S
     while (alive := _marked(token)) and time.monotonic() < until:
         time.sleep(0.1)
-    for process in alive:
+    _kill(alive)
+
+
+def _kill(processes: Iterable[int]) -> None:
+    for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
+
+
+def _title(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _marked(token: str) -> list[int]:

@@ -21,7 +21,7 @@ KINDS = ("vessels", "cells", "regions")
 
 @dataclass(frozen=True)
 class Scene:
-    """``image`` (S, S, 3) uint8; ``targets`` (5, S, S) bool in the order of `TARGETS`; ``kind`` indexes `KINDS`."""
+    """``image`` (S, S, 3) uint8; ``targets`` (5, S, S) bool, as `TARGETS`; ``kind`` indexes `KINDS`."""
 
     image: NDArray[np.uint8]
     targets: NDArray[np.bool_]
@@ -32,7 +32,9 @@ def smooth_noise(rng: np.random.Generator, size: int, cell: float) -> FloatImage
     """Unit-variance noise whose features are about ``cell`` pixels wide."""
     side = max(2, int(np.ceil(size / cell)) + 3)
     coarse = rng.normal(size=(side, side))
-    fine = zoom(coarse, size / (side - 1) * 1.05, order=1)[:size, :size] if side < size else coarse[:size, :size]
+    fine = (
+        zoom(coarse, size / (side - 1) * 1.05, order=1)[:size, :size] if side < size else coarse[:size, :size]
+    )
     return (fine / (fine.std() + 1e-6)).astype(np.float32)
 
 
@@ -61,7 +63,9 @@ def random_scene(rng: np.random.Generator, size: int, kind: int, distractors: fl
         coverage["vessel"] = vessels(rng, size, (1.3, float(rng.uniform(2.0, 6.5))), int(rng.integers(1, 5)))
     elif kind == 1:
         share = float(np.exp(rng.uniform(np.log(0.01), np.log(0.5))))
-        coverage["blob"] = _cell_intensity(rng, cells(rng, size, (1.8, 13.0), share, bool(rng.random() < 0.3)))
+        coverage["blob"] = _cell_intensity(
+            rng, cells(rng, size, (1.8, 13.0), share, bool(rng.random() < 0.3))
+        )
     else:
         reach = (0.05 * size, 0.36 * size)
         coverage["region"] = (lesion(rng, size, reach, int(rng.integers(1, 4))) > 0).astype(np.float32)
@@ -77,9 +81,7 @@ def random_scene(rng: np.random.Generator, size: int, kind: int, distractors: fl
     return Scene((image * 255).round().astype(np.uint8), targets, kind)
 
 
-def _add_distractor(
-    rng: np.random.Generator, size: int, kind: int, coverage: dict[str, FloatImage]
-) -> None:
+def _add_distractor(rng: np.random.Generator, size: int, kind: int, coverage: dict[str, FloatImage]) -> None:
     other = int(rng.choice([k for k in range(3) if k != kind]))
     if other == 0:
         coverage["vessel"] = vessels(rng, size, (1.3, 4.0), 1)

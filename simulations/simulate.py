@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -46,7 +48,8 @@ def simulate(recipe: Recipe, out: Path, resume: bool) -> Path:
     return out
 
 
-def _engine(engine: Engine):  # type: ignore[no-untyped-def]
+def _engine(engine: Engine) -> Callable[[Path, Path], None]:
+    """Run folder, sites' folder -> nothing: the files in the run folder are the result."""
     if engine == Engine.ray:
         from simulations.ray_engine import run_ray
 
@@ -81,6 +84,4 @@ def prepare_sites(recipe: Recipe, folder: Path) -> list[str]:
 
 def _cpu_seconds() -> float:
     """Processor time of this process and its finished children, seconds."""
-    import os
-
     return sum(os.times()[:4])

@@ -1,14 +1,19 @@
-"""A made-up report with everything a page can show: three sites, three rounds, five models."""
+"""A made-up report with everything a page can show, and a reader of the page made from it."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import io
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
 
 import numpy as np
 from PIL import Image
 
+from server.report.page import render
 from server.report.schema import (
     BenefitCell,
     EgressEntry,
@@ -24,6 +29,7 @@ from server.report.schema import (
     TeacherEntry,
 )
 
+VOID = {"meta", "input", "br", "img"}
 SITES = ("harbour", "hillside", "lakeview")
 TEST_PATIENTS = {"harbour": 12, "hillside": 14, "lakeview": 11}
 DICE_ALL = {  # own column: the same plus OWN_BONUS
@@ -41,6 +47,18 @@ OWN_BONUS = {
     "student": (0.021, -0.019, 0.033),
 }
 HALF_WIDTH = {"all": 0.0235, "own": 0.041}
+
+
+GUARDED = PrivacyEntry(
+    unit="patient",
+    guarantee=True,
+    epsilon=3.16049,
+    delta=1e-5,
+    neighbouring="add or remove one patient",
+    sampling="Poisson sampling",
+    stages=[PrivacyStage("adapt", "dp_sgd", 1.13, 0.25, 120, 3.16049)],
+    ledger_head="ab" * 32,
+)
 
 
 def digest(*names: object) -> str:
@@ -194,3 +212,51 @@ def _png(rows: list[list[np.ndarray]]) -> str:
     data = io.BytesIO()
     Image.fromarray((np.concatenate(panels, 0) * 255).astype(np.uint8)).save(data, "PNG")
     return base64.b64encode(data.getvalue()).decode()
+
+
+class Page(HTMLParser):
+    """A page as its elements and its visible text; fails on tags that do not match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.derived: list[str] = []
+        self.texts: list[str] = []
+        self._open: list[tuple[str, set[str]]] = []
+        self.feed(html)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = {name: value or "" for name, value in attrs}
+        self.elements.append((tag, attributes))
+        if tag not in VOID:
+            self._open.append((tag, set(attributes.get("class", "").split())))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        classes = set().union(*(each for _, each in self._open))
+        if any(tag == "style" for tag, _ in self._open):
+            return
+        if classes & {"derived", "derived-label"}:
+            self.derived.append(data)
+        elif "tick" not in classes:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def visible(report: RunReport) -> str:
+    """All visible text, derived numbers included, on one line."""
+    html = re.sub(r"<style>.*?</style>", "", render(report), flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]*>", "", html).split())
+
+
+def with_dice(report: RunReport, change: Callable[[BenefitCell], BenefitCell]) -> RunReport:
+    return replace(report, benefit=[change(c) if c.metric == "dice" else c for c in report.benefit])

@@ -126,5 +126,3 @@ def test_a_site_file_with_faults_is_refused_with_all_of_them(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as caught:
         Site.open(tmp_path)
     assert len(caught.value.faults) >= 2
-
-

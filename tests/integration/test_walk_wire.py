@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -71,6 +72,8 @@ class Consortium:
 def fake_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.planning.first_adapters", fake_guard.first_adapters)
     monkeypatch.setattr("server.phases.first_adapters", fake_guard.first_adapters)
+    # A file that is saved during a test run would otherwise be another plan, and refuse a resume.
+    monkeypatch.setattr("server.planning.code_sha256", lambda: "c0" * 32)
     monkeypatch.setattr("server.planning.model_digests", lambda _: {"fake": fake_guard.BASE})
     monkeypatch.setattr("simulations.loopback.client_app", fake_guard.FakeSites())
 
@@ -245,6 +248,41 @@ def test_a_crash_while_saving_resumes_to_the_same_weights(
     with pytest.raises(KeyboardInterrupt):
         consortium.go()
     assert consortium.go().adapter_sha256 == whole.adapter_sha256
+
+
+def test_too_few_nodes_online_end_the_run_with_exit_31(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.roll_call.NODES_WAIT_S", 0.05)
+    consortium = Consortium(tmp_path, recipe())
+    for site in ("b", "c"):
+        shutil.rmtree(consortium.sites_dir / site)
+    with pytest.raises(DeadlinePassed, match="1 of 3 sites came online") as caught:
+        consortium.go()
+    assert caught.value.exit_code == 31
+
+
+def test_a_site_that_is_gone_at_a_resume_is_named_in_every_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.roll_call.NODES_WAIT_S", 0.05)
+    consortium = Consortium(tmp_path, recipe(), {"b": {"adapt:1": "interrupt"}})
+    with pytest.raises(KeyboardInterrupt):
+        consortium.go()
+    consortium.behave("b", {})
+    shutil.rmtree(consortium.sites_dir / "c")
+    outcome = consortium.go()
+    assert answered(outcome, "adapt", 0) == list(SITES)
+    assert answered(outcome, "adapt", 1) == ["a", "b"]
+    assert rejected(outcome, "adapt", 1) == {"c": "NOT_ONLINE"}
+
+
+def test_a_site_that_is_not_in_the_recipe_takes_no_part(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path, recipe())
+    fake_guard.make_sites(consortium.sites_dir, {"stranger": {}})
+    outcome = consortium.go()
+    assert outcome.sites == list(SITES)
+    assert list(rejected(outcome, "propose").values()) == ["a site that is not in this run"]
 
 
 def test_resume_refuses_another_plan(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -297,7 +297,9 @@ def test_a_damaged_run_config_is_told_with_its_faults(tmp_path: Path) -> None:
         config.load_run_config(tmp_path / "none.yaml")
 
 
+@settings(deadline=None)
 @example(seed=0, rounds=1, rate=1e-5, text="${nothing.here} and ${")
+@example(seed=0, rounds=1, rate=1.0, text="a line\x85")
 @given(
     seed=st.integers(0, 2**31),
     rounds=st.integers(1, 50),

@@ -1,94 +1,33 @@
-"""The report page: made from report.json alone, honest about numbers, intervals and privacy."""
+"""The report page: one file from report.json alone, honest about privacy, readable by anyone."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from common.errors import ArtefactError
-from server.report import charts, rebuild, wording
-from server.report.comparison import Verdict, compare, matrix_of
+from server.report import rebuild
+from server.report.comparison import matrix_of
 from server.report.page import render
 from server.report.reading import reading
 from server.report.schema import (
     BenefitCell,
     PrivacyEntry,
-    PrivacyStage,
     Rejection,
     RunReport,
     SyntheticEntry,
     TeacherEntry,
 )
-from tests.report_sample import SITES, sample_report
-
-VOID = {"meta", "input", "br", "img"}
-TEMPLATE_NUMBERS = {"95", "0", "1", "5"}  # "95 % interval", "numbered from 0", and the glossary's scales
-FIXED_WORDS = ("SHA-256", "HD95", "NSD", "utf-8")
-
-
-class Page(HTMLParser):
-    """A page as its elements and its visible text; fails on tags that do not match."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.derived: list[str] = []
-        self.texts: list[str] = []
-        self._open: list[tuple[str, set[str]]] = []
-        self.feed(html)
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        attributes = {name: value or "" for name, value in attrs}
-        self.elements.append((tag, attributes))
-        if tag not in VOID:
-            self._open.append((tag, set(attributes.get("class", "").split())))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop()[0] == tag
-
-    def handle_data(self, data: str) -> None:
-        classes = set().union(*(each for _, each in self._open))
-        if any(tag == "style" for tag, _ in self._open):
-            return
-        if classes & {"derived", "derived-label"}:
-            self.derived.append(data)
-        elif "tick" not in classes:
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-def visible(report: RunReport) -> str:
-    """All visible text, derived numbers included, on one line."""
-    html = re.sub(r"<style>.*?</style>", "", render(report), flags=re.DOTALL)
-    return " ".join(re.sub(r"<[^>]*>", "", html).split())
+from tests.report_sample import GUARDED, SITES, Page, sample_report, visible, with_dice
 
 
 def saved(report: RunReport, folder: Path) -> Path:
     (folder / "report.json").write_text(report.to_json())
     return folder
-
-
-def with_dice(report: RunReport, change: Callable[[BenefitCell], BenefitCell]) -> RunReport:
-    return replace(report, benefit=[change(c) if c.metric == "dice" else c for c in report.benefit])
 
 
 # --- one file, from report.json alone ------------------------------------------------------------------
@@ -163,17 +102,6 @@ def test_every_inconsistency_is_listed_at_once(tmp_path: Path) -> None:
 
 # --- privacy --------------------------------------------------------------------------------------------
 
-GUARDED = PrivacyEntry(
-    unit="patient",
-    guarantee=True,
-    epsilon=3.16049,
-    delta=1e-5,
-    neighbouring="add or remove one patient",
-    sampling="Poisson sampling",
-    stages=[PrivacyStage("adapt", "dp_sgd", 1.13, 0.25, 120, 3.16049)],
-    ledger_head="ab" * 32,
-)
-
 
 def test_no_guarantee_is_said_plainly() -> None:
     text = visible(sample_report())
@@ -213,225 +141,6 @@ def test_a_simulation_says_policy_advisory_not_enforced(enforced: bool) -> None:
     report = sample_report()
     text = visible(replace(report, run=replace(report.run, enforced=enforced))).lower()
     assert ("policy advisory, not enforced" in text) is not enforced
-
-
-# --- numbers --------------------------------------------------------------------------------------------
-
-
-def numbers_in(value: Any) -> list[float]:
-    if isinstance(value, dict):
-        return [number for entry in value.values() for number in numbers_in(entry)]
-    if isinstance(value, list):
-        return [number for entry in value for number in numbers_in(entry)]
-    return [float(value)] if isinstance(value, int | float) and not isinstance(value, bool) else []
-
-
-def strings_in(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [text for entry in value.items() for part in entry for text in strings_in(part)]
-    if isinstance(value, list):
-        return [text for entry in value for text in strings_in(entry)]
-    return [value] if isinstance(value, str) else []
-
-
-def counts_in(report: RunReport) -> list[float]:
-    """How many entries: sites, students, rounds, receipts, cells without a value, comparisons."""
-    compared = [comparison for tested in ("all", "own") if (comparison := compare(report, tested))]
-    apart = [len(each.of(verdict)) for each in compared for verdict in Verdict]
-    receipts = [sum(entry.site == site for entry in report.egress) for site in SITES]
-    withheld = sum(cell.value is None for cell in report.benefit)
-    rounds = sum(record.stage == "adapt" for record in report.rounds)
-    return [len(report.sites), len(report.students), withheld, rounds, *apart, *receipts]
-
-
-def stands_in(token: str, numbers: list[float]) -> bool:
-    """True where ``token`` is one of ``numbers`` rounded to the token's decimals."""
-    value, decimals = float(token), len(token.partition(".")[2].partition("e")[0])
-    if "e" in token:
-        return any(abs(value - number) <= 0.05 * abs(number) for number in numbers)
-    return any(abs(value - number) <= 0.5001 * 10.0**-decimals for number in numbers)
-
-
-def untraced(report: RunReport) -> list[str]:
-    """Number tokens in the visible text that neither report.json nor the fixed wording explains."""
-    value = json.loads(report.to_json())
-    text = " ".join(" ".join(Page(render(report)).texts).replace(wording.THIN, "").split())
-    known = {*strings_in(value), *FIXED_WORDS}
-    known |= {text_[:12] for text_ in known if re.fullmatch(r"[0-9a-f]{64}", text_)}
-    known |= {wording.when(report.run.started), wording.when(report.run.finished)}
-    for words in sorted(known, key=len, reverse=True):
-        if re.search(r"\d", words):
-            text = text.replace(words, " ")
-    rounded_up = [
-        math.ceil(entry.epsilon * 1000) / 1000 for entry in report.privacy.values() if entry.epsilon
-    ]
-    numbers = [*numbers_in(value), *counts_in(report), *rounded_up]
-    tokens = re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", text)
-    assert len(tokens) > 100
-    return [token for token in tokens if token not in TEMPLATE_NUMBERS and not stands_in(token, numbers)]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_every_number_on_the_page_stands_in_the_report(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-
-    def changed(cell: BenefitCell) -> BenefitCell:
-        value, half = rng.uniform(0.02, 0.98), rng.uniform(0.0, 0.02)
-        return replace(cell, value=value, ci95=[value - half, value + half])
-
-    report = with_dice(sample_report(pictures=False), changed)
-    rounds = [
-        replace(record, bytes_up={site: int(rng.integers(1, 10**9)) for site in SITES})
-        for record in report.rounds
-    ]
-    privacy = {
-        "harbour": GUARDED,
-        "hillside": replace(GUARDED, epsilon=rng.uniform(0.1, 9)),
-        "lakeview": GUARDED,
-    }
-    assert untraced(replace(report, rounds=rounds, privacy=privacy)) == []
-
-
-def test_a_number_from_nowhere_would_be_found() -> None:
-    assert not stands_in("0.777", [0.7764, 12.0])
-    assert stands_in("0.776", [0.7764])
-    assert stands_in("3e-7", [3.04e-7])
-
-
-def test_derived_numbers_are_means_sums_and_differences_of_the_report() -> None:
-    report = sample_report()
-    expected = {"Dotted"}
-    cell = {(c.site, c.model, c.tested_on, c.metric): c.value or 0.0 for c in report.benefit}
-
-    def mean(model: str, tested: str, metric: str) -> float:
-        return fmean(cell[site, model, tested, metric] for site in SITES)
-
-    for metric, decimals in (("dice", 3), ("nsd", 3), ("hd95", 1)):
-        for tested in ("own", "all"):
-            for model in wording.MODELS:
-                expected.add(f"{mean(model, tested, metric):.{decimals}f}")
-    for tested in ("own", "all"):
-        gains = [cell[s, "student", tested, "dice"] - cell[s, "local_only", tested, "dice"] for s in SITES]
-        gains += [fmean(gains), mean("student", tested, "dice") - mean("teacher", tested, "dice")]
-        expected |= {f"{gain:+.3f}".replace("-", "−") for gain in gains}
-    for record in report.rounds:
-        expected.add(wording.size(fmean(record.bytes_up.values())) + " up")
-        expected.add(wording.size(fmean(record.bytes_down.values())) + " down")
-    adapt = [n for record in report.rounds if record.stage == "adapt" for n in record.bytes_up.values()]
-    expected.add(wording.size(fmean(adapt)))
-    expected.add(wording.size(sum(sum(r.bytes_up.values()) for r in report.rounds) / len(SITES)))
-    for site in SITES:
-        expected.add(wording.size(sum(entry.bytes for entry in report.egress if entry.site == site)))
-    found = Page(render(report)).derived
-    assert set(found) <= expected
-    assert "+0.105" in found  # fmean of 0.836-0.742, 0.841-0.761, 0.829-0.688
-
-
-def test_every_receipt_round_and_digest_is_on_the_page() -> None:
-    report = sample_report()
-    html = render(report)
-    for entry in report.egress:
-        assert f"title='{entry.sha256}'" in html
-        assert wording.count(entry.bytes) in html
-    for record in report.rounds:
-        for amount in (*record.bytes_up.values(), *record.bytes_down.values()):
-            assert wording.count(amount) in html
-    assert report.run.config_sha256 in html
-    assert report.teacher.adapter_sha256 in html
-    assert "wardround simulate demo --engine loopback run.seed=17" in html
-
-
-@given(st.floats(1e-6, 1e6))
-def test_an_epsilon_is_never_stated_smaller_than_it_is(value: float) -> None:
-    assert value <= float(wording.epsilon(value)) <= value + 0.0011
-
-
-@pytest.mark.parametrize(
-    ("amount", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1_204, "1.20 kB"),
-        (18_412, "18.4 kB"),
-        (813_377, "813 kB"),
-        (999_700, "1.00 MB"),
-        (1_528_117, "1.53 MB"),
-        (2_871_330_000, "2.87 GB"),
-        (3e15, "3000 TB"),
-    ],
-)
-def test_sizes_have_three_figures(amount: float, text: str) -> None:
-    assert wording.size(amount).replace(wording.THIN, " ") == text
-
-
-def test_signed_numbers_have_a_true_minus_and_zero_has_no_sign() -> None:
-    assert [wording.signed(value) for value in (0.0621, -0.0104, -0.0001)] == ["+0.062", "−0.010", "0.000"]
-
-
-# --- no gain is claimed where intervals overlap ---------------------------------------------------------
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_a_gain_is_claimed_only_where_every_interval_is_apart(data: st.DataObject) -> None:
-    def changed(cell: BenefitCell) -> BenefitCell:
-        if cell.model not in ("student", "local_only") or cell.tested_on != "all":
-            return cell
-        value = data.draw(st.sampled_from([0.5, 0.6, 0.7]))
-        half = data.draw(st.sampled_from([0.04, 0.05, 0.06]))
-        return replace(cell, value=value, ci95=[value - half, value + half])
-
-    report = with_dice(sample_report(pictures=False), changed)
-    interval = {(c.site, c.model): c.ci95 or [] for c in matrix_cells(report)}
-    apart = all(interval[site, "student"][0] > interval[site, "local_only"][1] for site in SITES)
-    sentence = reading(report)[0]
-    assert ("gained" in sentence) is apart
-    overlapping = [
-        site
-        for site in SITES
-        if interval[site, "student"][0] <= interval[site, "local_only"][1]
-        and interval[site, "local_only"][0] <= interval[site, "student"][1]
-    ]
-    claim = sentence.partition("so no difference is claimed, at")[2].partition("</span>).")[0]
-    assert all(site in claim for site in overlapping)
-
-
-def matrix_cells(report: RunReport) -> list[BenefitCell]:
-    matrix = matrix_of(report, "dice", "all")
-    assert matrix is not None
-    return [cell for row in matrix.rows for cell in row.cells if cell is not None]
-
-
-def test_a_loss_is_named_with_its_site() -> None:
-    def changed(cell: BenefitCell) -> BenefitCell:
-        lower = cell.site == "hillside" and cell.model == "student" and cell.tested_on == "own"
-        return replace(cell, value=0.6, ci95=[0.58, 0.62]) if lower else cell
-
-    text = visible(with_dice(sample_report(), changed))
-    assert "The student is lower with the intervals apart at hillside (−0.232)." in text
-    assert "Lower with intervals apart at 1." in text
-
-
-def test_without_a_baseline_nothing_is_compared() -> None:
-    report = sample_report()
-    report = replace(report, benefit=[cell for cell in report.benefit if cell.model != "local_only"])
-    text = visible(report)
-    assert "No site has both a student and a local_only result." in text
-    assert "gained" not in text
-
-
-def test_one_run_is_called_one_seed() -> None:
-    assert "This is one run with one seed (17)" in visible(sample_report())
-
-
-def test_the_best_of_a_row_is_the_highest_dice_and_the_lowest_hd95() -> None:
-    report = sample_report()
-    for metric, best in (("dice", max), ("nsd", max), ("hd95", min)):
-        matrix = matrix_of(report, metric, "all")
-        assert matrix is not None
-        for row in matrix.rows:
-            marked = [cell.value for cell in row.cells if cell and row.marked(cell)]
-            assert marked == [best(cell.value for cell in row.cells if cell and cell.value is not None)]
 
 
 # --- odd reports ----------------------------------------------------------------------------------------
@@ -572,86 +281,3 @@ def test_pictures_headers_and_charts_have_their_texts() -> None:
         assert chart.get("aria-hidden") == "true" or (chart["role"] == "img" and chart["aria-label"])
     assert all(box["aria-label"] for box in page.all("input"))
     assert all(region["aria-label"] for region in page.all("div") if region.get("role") == "region")
-
-
-def colours() -> dict[str, dict[str, str]]:
-    css = (Path(charts.__file__).parent / "style.css").read_text()
-    blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
-    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in blocks)
-    assert light.keys() == dark.keys()
-    return {"light": light, "dark": dark}
-
-
-def luminance(colour: str) -> float:
-    parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: str, other: str) -> float:
-    """WCAG 2.2 contrast ratio."""
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_enough_contrast_in_both_schemes(scheme: str) -> None:
-    palette = colours()[scheme]
-    for ink in ("ink", "muted", "accent"):
-        for paper in ("paper", "card", "tint", "warn-paper"):
-            assert contrast(palette[ink], palette[paper]) >= 4.5, (ink, paper)
-    assert contrast(palette["warn-ink"], palette["warn-paper"]) >= 4.5
-    assert contrast(palette["warn-ink"], palette["card"]) >= 4.5
-    for number in range(charts.COLOURS):  # marks need 3, the names beside curves 4.5
-        assert contrast(palette[f"series-{number}"], palette["card"]) >= 4.3, number
-
-
-def test_every_series_differs_in_shape_and_not_in_colour_alone() -> None:
-    outlines = {
-        re.sub(r'cx="[^"]*"', "", charts.marker(shape, 50.0, 50.0)) for shape in range(charts.COLOURS)
-    }
-    assert len(outlines) == charts.COLOURS == len(set(charts.DASHES))
-    assert sorted(charts.SLOTS) == sorted(wording.MODELS)
-    assert len(set(charts.SLOTS.values())) == len(charts.SLOTS)
-
-
-# --- charts ---------------------------------------------------------------------------------------------
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
-def test_ticks_are_few_round_and_inside(low: float, length: float) -> None:
-    high = low + length
-    if high <= low:
-        return
-    found = charts.ticks(low, high)
-    assert len(found) <= 7
-    assert all(low - 1e-6 * length - 1e-9 <= tick <= high + 1e-6 * length + 1e-9 for tick in found)
-
-
-@given(st.lists(st.lists(st.floats(0, 50), min_size=0, max_size=5), min_size=1, max_size=9))
-def test_curves_stay_inside_their_frame(losses: list[list[float]]) -> None:
-    series = {f"site-{number}": [(0, values), (2, values)] for number, values in enumerate(losses)}
-    svg = str(charts.curves(series, "losses"))
-    height = float(re.search(r'viewBox="0 0 460 (\d+)"', svg)[1])  # type: ignore[index]
-    for points in re.findall(r'points="([^"]*)"', svg):
-        for pair in points.split():
-            x, y = map(float, pair.split(","))
-            assert 0 <= x <= charts.WIDTH
-            assert 0 <= y <= height
-    assert all(0 <= float(y) <= height for y in re.findall(r'<text x="[^"]*" y="([^"]*)"', svg))
-
-
-def test_dots_and_intervals_lie_at_their_values() -> None:
-    svg = str(charts.dot_chart([("A", [charts.Dot("student", 0.5, [0.25, 0.75])])], (0.0, 1.0), "one dot"))
-    whisker = re.search(r'<line x1="([\d.]+)" x2="([\d.]+)"[^>]*class="whisker"', svg)
-    dot = re.search(r'<circle cx="([\d.]+)"', svg)
-    assert whisker is not None
-    assert dot is not None
-    left, right, middle = float(whisker[1]), float(whisker[2]), float(dot[1])
-    assert middle == pytest.approx((left + right) / 2, abs=0.1)
-    scale = charts.Scale(0.0, 1.0, 176.0, 448.0)
-    assert [left, middle, right] == pytest.approx([scale.at(0.25), scale.at(0.5), scale.at(0.75)], abs=0.1)
-
-
-def test_a_withheld_dot_is_said_in_words() -> None:
-    assert ">withheld<" in charts.dot_chart([("A", [charts.Dot("student", None, None)])], (0.0, 1.0), "none")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.shapes import PRIORS, cells, lesion, random_outline, outline_window, vessels
+from client.shapes import PRIORS, cells, lesion, outline_window, random_outline, vessels
 from common.recipe import Anatomy, PhantomConfig, ScannerConfig
 from simulations.phantoms import write_site
 from simulations.scenes import KINDS, TARGETS, random_scene, scene_bank

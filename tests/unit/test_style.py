@@ -26,7 +26,8 @@ def painted(front: float, back: float, noise: float = 0.0, seed: int = 0) -> Sam
 
 def cohort(kinds: list[tuple[float, float]]) -> list[Patient]:
     return [
-        Patient(f"p{i}", Split.train, (painted(front, back, 0.02, i),)) for i, (front, back) in enumerate(kinds)
+        Patient(f"p{i}", Split.train, (painted(front, back, 0.02, i),))
+        for i, (front, back) in enumerate(kinds)
     ]
 
 
@@ -60,26 +61,26 @@ def test_every_number_lies_within_its_bounds(seed: int) -> None:
 
 
 def test_every_shared_group_covers_at_least_min_patients() -> None:
-    summary = summarise_style(cohort([(0.9, 0.1)] * 6 + [(0.2, 0.8)] * 5 + [(0.5, 0.0)] * 2), 5, 5, 0)
+    summary = summarise_style(cohort([(0.9, 0.1)] * 6 + [(0.2, 0.8)] * 5 + [(0.5, 0.0)] * 2), 32, 5, 5, 0)
     assert 1 <= len(summary.groups) <= 2
     for group in summary.groups:  # the two lonely patients form no group of their own
         assert group.weight >= 0.1
 
 
 def test_two_appearances_become_two_groups() -> None:
-    summary = summarise_style(cohort([(0.9, 0.1)] * 8 + [(0.2, 0.8)] * 8), 5, 5, 0)
+    summary = summarise_style(cohort([(0.9, 0.1)] * 8 + [(0.2, 0.8)] * 8), 32, 5, 5, 0)
     assert sorted(round(group.mean[0], 1) for group in summary.groups) == [0.2, 0.9]
 
 
 def test_many_images_of_one_patient_are_not_a_group() -> None:
     lonely = Patient("p", Split.train, tuple(painted(0.9, 0.1, 0.02, i) for i in range(20)))
     with pytest.raises(PolicyRefusal) as caught:
-        summarise_style([lonely], 5, 2, 0)
+        summarise_style([lonely], 32, 5, 2, 0)
     assert caught.value.field == "min_group_patients"
 
 
 def test_sampled_styles_repeat_stay_in_bounds_and_keep_grey_grey() -> None:
-    summary = summarise_style(cohort([(0.9, 0.1)] * 6), 5, 5, 0)
+    summary = summarise_style(cohort([(0.9, 0.1)] * 6), 32, 5, 5, 0)
     first, again = (sample_styles([summary], 50, np.random.default_rng(3)) for _ in range(2))
     assert np.array_equal(first, again)
     low, high = np.array(STYLE_BOUNDS).T

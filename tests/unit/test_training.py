@@ -24,7 +24,8 @@ from client.patients import Patient
 from client.students import build_student
 from client.style import summarise_style
 from common.errors import ArtefactError, DeadlinePassed
-from common.generator import haar, initial_adapter as initial_generator, inverse_haar, resident_generator
+from common.generator import haar, inverse_haar, resident_generator
+from common.generator import initial_adapter as initial_generator
 from common.plan import RunPlan
 from common.teacher import ResidentTeacher, initial_adapter, resident_teacher
 
@@ -126,10 +127,12 @@ def test_haar_is_inverted_exactly() -> None:
     assert torch.allclose(inverse_haar(haar(image)), image, atol=1e-6)
 
 
-def test_synthesis_repeats_and_keeps_to_its_denoiser_calls(smoke_plan: RunPlan, patients: list[Patient]) -> None:
+def test_synthesis_repeats_and_keeps_to_its_denoiser_calls(
+    smoke_plan: RunPlan, patients: list[Patient]
+) -> None:
     generator = resident_generator(smoke_plan.generator.name, smoke_plan.generator.rank)
     adapter = initial_generator(smoke_plan.generator, 0)
-    summary = summarise_style(patients, 2, 2, 0)
+    summary = summarise_style(patients, 64, 2, 2, 0)
     before = generation.denoiser_calls
     first, again = (synthesise(generator, adapter, [summary], smoke_plan, 4) for _ in range(2))
     calls = generation.denoiser_calls - before
@@ -147,13 +150,17 @@ def test_a_conditioning_mask_is_never_a_patients(
     """The same styles give the same masks whatever the patients' masks were: only 14 numbers pass."""
     plan = replace(smoke_plan, generator=replace(smoke_plan.generator, images=6))
     generator = resident_generator(plan.generator.name, plan.generator.rank)
-    made = synthesise(generator, initial_generator(plan.generator, 0), [summarise_style(patients, 2, 2, 0)], plan, 4)
+    made = synthesise(
+        generator, initial_generator(plan.generator, 0), [summarise_style(patients, 64, 2, 2, 0)], plan, 4
+    )
     real = [sample.mask for patient in patients for sample in patient.samples]
     for mask in made.masks:
         assert not any(other is not None and torch.equal(mask.byte(), other) for other in real)
 
 
-def test_the_generators_adapter_learns_and_the_base_stays(smoke_plan: RunPlan, patients: list[Patient]) -> None:
+def test_the_generators_adapter_learns_and_the_base_stays(
+    smoke_plan: RunPlan, patients: list[Patient]
+) -> None:
     generator = resident_generator(smoke_plan.generator.name, smoke_plan.generator.rank)
     begin = initial_generator(smoke_plan.generator, 0)
     first, again = (fine_tune(generator, begin, patients, smoke_plan, (0, 3), FOREVER) for _ in range(2))
@@ -216,7 +223,9 @@ def test_no_teacher_is_called_while_a_student_learns(
 
 def test_distillation_repeats(smoke_plan: RunPlan, patients: list[Patient], transfer: TransferSet) -> None:
     def train() -> list[float]:
-        return distil(build_student("unet-xs", smoke_plan.data, True, 0), patients, transfer, smoke_plan, 1, FOREVER)
+        return distil(
+            build_student("unet-xs", smoke_plan.data, True, 0), patients, transfer, smoke_plan, 1, FOREVER
+        )
 
     first = train()
     torch.manual_seed(99)

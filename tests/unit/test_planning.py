@@ -1,0 +1,73 @@
+"""The plan: everything a site agrees to, and nothing of where its files lie."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.plan import RunPlan, Stage
+from common.recipe import GeneratorScope, Recipe
+from server.planning import build_plan, code_sha256, first_adapters, run_stages
+
+
+def test_the_same_recipe_is_the_same_plan(smoke_recipe: Recipe, smoke_plan: RunPlan) -> None:
+    again = build_plan(smoke_recipe, smoke_plan.run_id)
+    assert replace(again, code_sha256="") == replace(smoke_plan, code_sha256="")
+    assert RunPlan.from_json(smoke_plan.to_json()).digest == smoke_plan.digest
+
+
+def test_where_files_lie_is_no_part_of_a_plan(smoke_recipe: Recipe) -> None:
+    rooted = replace(smoke_recipe, data=replace(smoke_recipe.data, root="/srv/images"))
+    plan = build_plan(rooted, "x")
+    assert plan.data.root is None
+    assert "/srv/images" not in plan.to_json()
+
+
+def test_the_payload_of_training_is_the_adapter_to_the_element(smoke_recipe: Recipe) -> None:
+    recipe = replace(smoke_recipe, generator=replace(smoke_recipe.generator, scope=GeneratorScope.federated))
+    plan, first = build_plan(recipe, "x"), first_adapters(recipe)
+    assert first.generator is not None
+    for stage, adapter in ((Stage.adapt, first.teacher), (Stage.generator, first.generator)):
+        spec = plan.payload(stage)
+        assert spec is not None
+        expected = {name: list(tensor.shape) for name, tensor in adapter.trained().tensors.items()}
+        assert {tensor.name: tensor.shape for tensor in spec.tensors} == expected
+        assert adapter.elements * 4 < spec.max_bytes <= adapter.elements * 4 * 1.02 + 1025
+        assert adapter.base_sha256 in plan.models.values()
+
+
+@pytest.mark.parametrize(
+    ("scope", "style", "generator"),
+    [
+        (GeneratorScope.none, False, False),
+        (GeneratorScope.local, False, False),
+        (GeneratorScope.style, True, False),
+        (GeneratorScope.federated, True, True),
+    ],
+)
+def test_styles_travel_only_where_others_paint_with_them(
+    smoke_recipe: Recipe, scope: GeneratorScope, style: bool, generator: bool
+) -> None:
+    stages = run_stages(replace(smoke_recipe, generator=replace(smoke_recipe.generator, scope=scope)))
+    assert (Stage.style in stages, Stage.generator in stages) == (style, generator)
+
+
+def test_numbers_are_listed_by_their_path(smoke_plan: RunPlan) -> None:
+    metrics = smoke_plan.payload(Stage.evaluate)
+    assert metrics is not None
+    assert {"metrics.site", "metrics.counts.patients", "metrics.metrics.ci95"} <= set(metrics.numbers)
+
+
+def test_the_code_digest_covers_every_shipped_file(tmp_path: Path) -> None:
+    for folder in ("client", "common/privacy", "server"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.py").write_text("x = 1\n")
+    seen = {code_sha256(tmp_path)}
+    for path in sorted(tmp_path.rglob("*.py")):
+        path.write_text("x = 2\n")
+        seen.add(code_sha256(tmp_path))
+    (tmp_path / "server" / "b.py").write_text("")
+    seen.add(code_sha256(tmp_path))
+    assert len(seen) == 5
