@@ -6,6 +6,7 @@ the policy is advisory there and the report says so. The training itself is in `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -76,28 +77,17 @@ class Guard:
         self, order: Round, adapter: Adapter, styles: dict[str, StyleSummary], generator: Adapter | None
     ) -> StudentNote:
         plan = self.site.accepted_plan(order.plan_sha256)
-        shop = workshop.Workshop(
-            self.site, plan, adapter, styles, generator, of_split(self._patients(plan), Split.train)
-        )
-        note = shop.run(Deadline(order.deadline_s))
+        train, deadline = of_split(self._patients(plan), Split.train), Deadline(order.deadline_s)
+        note = workshop.Workshop(self.site, plan, adapter, styles, generator, train, deadline).run()
         self._egress(plan).release_numbers(order.stage, order.index, "note", asdict(note))
         return note
 
     def evaluate(self, order: Round, adapter: Adapter) -> SiteMetrics:
         plan = self.site.accepted_plan(order.plan_sha256)
         everyone = self._patients(plan)
-        parts = {split: of_split(everyone, split) for split in Split}
-        counts = SiteCounts(
-            patients=len(everyone),
-            images=sum(len(patient.samples) for patient in everyone),
-            train=len(parts[Split.train]),
-            val=len(parts[Split.val]),
-            test=len(parts[Split.test]),
-        )
-        metrics = workshop.evaluate_models(
-            self.site, plan, adapter, parts[Split.test], Deadline(order.deadline_s)
-        )
-        answer = SiteMetrics(self.site.name, counts, metrics)
+        test = of_split(everyone, Split.test)
+        metrics = workshop.evaluate_models(self.site, plan, adapter, test, Deadline(order.deadline_s))
+        answer = SiteMetrics(self.site.name, count_patients(everyone), metrics)
         self._egress(plan).release_numbers(order.stage, order.index, "metrics", asdict(answer))
         return answer
 
@@ -140,6 +130,17 @@ class Guard:
             losses=trained.losses,
         )
         return self._egress(plan).release_update(order.stage, order.index, update)
+
+
+def count_patients(patients: Sequence[Patient]) -> SiteCounts:
+    splits = {split: len(of_split(patients, split)) for split in Split}
+    return SiteCounts(
+        patients=len(patients),
+        images=sum(len(patient.samples) for patient in patients),
+        train=splits[Split.train],
+        val=splits[Split.val],
+        test=splits[Split.test],
+    )
 
 
 @lru_cache(maxsize=64)

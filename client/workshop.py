@@ -28,6 +28,7 @@ from client.generation import SyntheticSet, fine_tune, synthesise
 from client.patients import Patient
 from client.site import Site
 from client.students import build_student, load_student, save_student
+from client.style import summarise_style
 from common.adapter import Adapter
 from common.generator import initial_adapter as initial_generator_adapter
 from common.generator import resident_generator
@@ -70,30 +71,31 @@ class Workshop:
     styles: Mapping[str, StyleSummary]
     generator: Adapter | None
     train: Sequence[Patient]
+    deadline: Deadline
 
-    def run(self, deadline: Deadline) -> StudentNote:
+    def run(self) -> StudentNote:
         """Train the student and the recipe's baselines; the note says sizes and counts, no weights."""
         names = ["student", *(name for name in self.plan.baselines if name in VARIANTS)]
-        curated = self._curated("federated", "all", deadline)
+        curated = self._curated("federated", "all")
         for name in names:
-            self._train(name, curated, deadline)
+            self._train(name, curated)
         if LOCAL_TEACHER in self.plan.baselines:
             path = self.site.folder / "baselines" / f"{LOCAL_TEACHER}.safetensors"
             path.parent.mkdir(exist_ok=True)
-            self.local_adapter(deadline).save(path)
+            self.local_adapter.save(path)
         if curated is not None and curated.generated:
             save_synthetic(synthetic_part(curated.transfer), self.site.folder / "synthetic", self.plan)
         return self._note(curated)
 
-    def _train(self, name: str, curated: Curated | None, deadline: Deadline) -> None:
+    def _train(self, name: str, curated: Curated | None) -> None:
         variant, kind = VARIANTS[name], self.site.student or self.plan.student.name
         # The same start, batches and order for every variant: a difference is the ingredient's.
         seed = self.site.draw_seed(self.plan, "student")
         student = build_student(kind, self.plan.data, variant.pretrained, seed)
         if name != "student":
-            curated = self._curated(variant.teacher, variant.styles, deadline)
+            curated = self._curated(variant.teacher, variant.styles)
         transfer = None if curated is None else curated.transfer
-        distil(student, self._labelled, transfer, self.plan, seed, deadline)
+        distil(student, self._labelled, transfer, self.plan, seed, self.deadline)
         about = {"run_id": self.plan.run_id, "model": name}
         save_student(student, model_path(self.site, name), kind, self.plan.data, about)
 
@@ -101,13 +103,13 @@ class Workshop:
     def _labelled(self) -> list[Patient]:
         return [patient for patient in self.train if patient.labelled]
 
-    def _curated(self, teacher: str | None, styles: str | None, deadline: Deadline) -> Curated | None:
+    def _curated(self, teacher: str | None, styles: str | None) -> Curated | None:
         """The transfer set of one variant, labelled by its teacher, without inconsistent images."""
-        synthetic = None if styles is None else self._synthetic(styles, deadline)
+        synthetic = None if styles is None else self._synthetic(styles)
         if teacher is None:
             transfer = assemble_transfer_set(None, synthetic, None)
         else:
-            adapter = self.adapter if teacher == "federated" else self.local_adapter(deadline)
+            adapter = self.adapter if teacher == "federated" else self.local_adapter
             with resident_teacher(self.plan.teacher, self.plan.data).visit(adapter) as network:
                 transfer = assemble_transfer_set(self._real, synthetic, network)
         return None if transfer is None else drop_inconsistent(transfer, self.plan.generator.keep_dice)
@@ -116,38 +118,44 @@ class Workshop:
     def _real(self) -> tuple[Tensor, Tensor]:
         return real_crops(self.train, self.plan, self.site.draw_seed(self.plan, "crops"))
 
-    def _synthetic(self, styles: str, deadline: Deadline) -> SyntheticSet | None:
+    def _synthetic(self, styles: str) -> SyntheticSet | None:
         """Images in every site's styles or in this site's own; None where the scope has none."""
         scope = self.plan.generator.scope
-        own_only = styles == "own" or scope == GeneratorScope.local
-        chosen = [self.styles[name] for name in sorted(self.styles) if not own_only or name == self.site.name]
-        if scope == GeneratorScope.none or not chosen:
+        if scope == GeneratorScope.none:
             return None
-        deadline.check("sampling synthetic images")
+        if styles == "own" or scope == GeneratorScope.local:
+            chosen = [self._own_style]
+        else:
+            chosen = [self.styles[name] for name in sorted(self.styles)]
+        self.deadline.check("sampling synthetic images")
         generator = resident_generator(self.plan.generator.name, self.plan.generator.rank)
         seed = self.site.draw_seed(self.plan, "synthetic")
-        return synthesise(generator, self._generator_adapter(deadline), chosen, self.plan, seed)
+        return synthesise(generator, self._generator_adapter(), chosen, self.plan, seed)
 
-    def _generator_adapter(self, deadline: Deadline) -> Adapter:
+    @cached_property
+    def _own_style(self) -> StyleSummary:
+        """Made afresh, for this one stays here: groups may be as small as they are."""
+        seed = self.site.draw_seed(self.plan, "style")
+        settings = self.plan.generator
+        return summarise_style(self._labelled, self.plan.data.image_size, settings.style_groups, 1, seed)
+
+    def _generator_adapter(self) -> Adapter:
         start = initial_generator_adapter(self.plan.generator, self.plan.seed)
         if self.plan.generator.scope != GeneratorScope.local:
             return self.generator or start
         generator = resident_generator(self.plan.generator.name, self.plan.generator.rank)
         seed = self.site.draw_seed(self.plan, "generator", 0)
-        return fine_tune(generator, start, self._labelled, self.plan, (0, seed), deadline).adapter
+        return fine_tune(generator, start, self._labelled, self.plan, (0, seed), self.deadline).adapter
 
-    def local_adapter(self, deadline: Deadline) -> Adapter:
+    @cached_property
+    def local_adapter(self) -> Adapter:
         """A teacher of this site alone: the same start, steps and batches as in the federation."""
-        cache = self.__dict__.setdefault("_local", [])  # trained at most once for a workshop
-        if not cache:
-            adapter = initial_adapter(self.plan.teacher, self.plan.data, self.plan.seed)
-            teacher = resident_teacher(self.plan.teacher, self.plan.data)
-            for index in range(self.plan.rounds):
-                seed = self.site.draw_seed(self.plan, "adapt", index)
-                adapter = adapt(teacher, adapter, self._labelled, self.plan, (index, seed), deadline).adapter
-            cache.append(adapter)
-        found: Adapter = cache[0]
-        return found
+        adapter = initial_adapter(self.plan.teacher, self.plan.data, self.plan.seed)
+        teacher = resident_teacher(self.plan.teacher, self.plan.data)
+        for index in range(self.plan.rounds):
+            order = (index, self.site.draw_seed(self.plan, "adapt", index))
+            adapter = adapt(teacher, adapter, self._labelled, self.plan, order, self.deadline).adapter
+        return adapter
 
     def _note(self, curated: Curated | None) -> StudentNote:
         student = load_student(model_path(self.site, "student"))

@@ -303,7 +303,11 @@ def file_faults(recipe: Recipe) -> Iterator[Fault]:
 
 def _root_faults(recipe: Recipe, root: Path) -> Iterator[Fault]:
     if not root.is_dir():
-        yield Fault("data.root", f"there is no folder {root}", "name the folder that holds the data sets")
+        yield Fault(
+            "data.root",
+            f"there is no folder {root}",
+            "write data.root=FOLDER with the folder that holds the data sets",
+        )
         return
     datasets = {
         f"sites[{index}].cut.dataset": site.cut.dataset for index, site in enumerate(recipe.sites) if site.cut

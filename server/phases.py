@@ -29,6 +29,7 @@ from server.rounds import Rounds
 from server.screening import Sent, admit, admit_metrics, admit_note, admit_style
 from server.state import Checkpoint, StateStore
 
+TEACHER_FILE = "teacher/adapter.safetensors"
 INBOX = "inbox"  # below the state's folder: replies that wait for their turn
 
 
@@ -101,7 +102,7 @@ class Walk:
         for index in range(self.plan.rounds):
             self._train(Stage.adapt, index)
         adapter = self.rules[Stage.adapt].global_adapter()
-        if self.outcome.adapter_sha256 != adapter.digest:
+        if self.outcome.adapter_sha256 != adapter.digest or not (self.run_dir / TEACHER_FILE).exists():
             self._write_teacher(adapter)
             self._keep(replace(self.outcome, adapter_sha256=adapter.digest))
 
@@ -212,11 +213,11 @@ class Walk:
         self.outcome = outcome
 
     def _write_teacher(self, adapter: Adapter) -> None:
-        folder = self.run_dir / "teacher"
-        write_atomic(folder / "adapter.safetensors", adapter.to_bytes())
+        path = self.run_dir / TEACHER_FILE
+        write_atomic(path, adapter.to_bytes())
         card = {
             "teacher": self.plan.teacher.name, "adapter_sha256": adapter.digest, "rank": adapter.rank,
             "base_sha256": adapter.base_sha256, "elements": adapter.elements, "rounds": self.plan.rounds,
             "sites": self.outcome.sites, "run_id": self.plan.run_id, "plan_sha256": self.plan.digest,
         }  # fmt: skip
-        write_atomic(folder / "card.json", canonical_json(card).encode())
+        write_atomic(path.with_name("card.json"), canonical_json(card).encode())

@@ -6,20 +6,23 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from client.egress import RECEIPTS
+from client.guard import count_patients
 from client.site import Site
 from common import checkpoints
 from common.adapter import Adapter
 from common.config import recipe_digest
+from common.errors import ArtefactError
 from common.guard_api import StudentNote
 from common.plan import RunPlan
 from common.recipe import Recipe
 from common.teacher import resident_teacher
 from server.outcome import RunOutcome
+from server.phases import TEACHER_FILE
 from server.report.schema import (
     EgressEntry,
     PrivacyEntry,
@@ -45,24 +48,25 @@ def assemble_report(
     Args:
         started: the moment, ``time.perf_counter()`` and processor seconds when this process began the run.
     """
-    sites = [Site.open(out / "sites" / name) for name in sorted(outcome.notes)]
+    sites = [Site.open(out / "sites" / name) for name in sorted(outcome.sites)]
+    schooled = [site for site in sites if site.name in outcome.notes]
     plan = sites[0].accepted_plan(outcome.plan_sha256)
-    adapter = Adapter.load(out / "teacher" / "adapter.safetensors")
+    adapter = _teacher_adapter(out / TEACHER_FILE, outcome, plan)
     own = [
         to_cell(name, "own", metric)
         for name, answer in sorted(outcome.metrics.items())
         for metric in answer.metrics
     ]
     return RunReport(
-        sites=_site_entries(outcome),
+        sites=[_site_entry(site, outcome, plan) for site in sites],
         teacher=_teacher_entry(plan, adapter),
         rounds=outcome.rounds,
-        benefit=[*own, *cross_test(sites, plan, adapter)],
+        benefit=[*own, *cross_test(schooled, plan, adapter)],
         students={name: _student_entry(note) for name, note in sorted(outcome.notes.items())},
         synthetic={name: _synthetic_entry(note) for name, note in sorted(outcome.notes.items())},
         privacy={site.name: _no_guarantee(plan) for site in sites},
-        egress=_receipts(sites),
-        pictures=[picture for site in sites for picture in site_pictures(site, plan, adapter)],
+        egress=_receipts(out / "sites"),
+        pictures=[picture for site in schooled for picture in site_pictures(site, plan, adapter)],
         run=_run_entry(recipe, outcome, started),  # last: its times include all of the above
     )
 
@@ -83,22 +87,30 @@ def _run_entry(recipe: Recipe, outcome: RunOutcome, started: tuple[datetime, flo
     )
 
 
-def _site_entries(outcome: RunOutcome) -> list[SiteEntry]:
-    entries = []
-    for name, answer in sorted(outcome.metrics.items()):
-        counts, note = answer.counts, outcome.notes.get(name)
-        entries.append(
-            SiteEntry(
-                id=name,
-                patients=counts.patients,
-                images=counts.images,
-                train=counts.train,
-                val=counts.val,
-                test=counts.test,
-                student="" if note is None else note.name,
-            )
-        )
-    return entries
+def _teacher_adapter(path: Path, outcome: RunOutcome, plan: RunPlan) -> Adapter:
+    adapter = Adapter.load(path)
+    if adapter.digest == outcome.adapter_sha256:
+        return adapter
+    base = plan.models[plan.teacher.name]
+    wrong = "is not the adapter that this run ended with"
+    if adapter.base_sha256 != base:
+        wrong = f"belongs to base {adapter.base_sha256[:12]}, this run's teacher is {base[:12]}"
+    raise ArtefactError(f"{path} {wrong}: remove it and run again with --resume, which writes the run's own")
+
+
+def _site_entry(site: Site, outcome: RunOutcome, plan: RunPlan) -> SiteEntry:
+    """Of a site that was dropped before it told its counts, the simulation counts the files itself."""
+    answer, note = outcome.metrics.get(site.name), outcome.notes.get(site.name)
+    counts = answer.counts if answer else count_patients(site.patients(plan.data, plan.seed))
+    return SiteEntry(
+        id=site.name,
+        patients=counts.patients,
+        images=counts.images,
+        train=counts.train,
+        val=counts.val,
+        test=counts.test,
+        student="" if note is None else note.name,
+    )
 
 
 def _teacher_entry(plan: RunPlan, adapter: Adapter) -> TeacherEntry:
@@ -126,11 +138,11 @@ def _no_guarantee(plan: RunPlan) -> PrivacyEntry:
     return PrivacyEntry(stages=[PrivacyStage(str(stage), "none") for stage in plan.stages])
 
 
-def _receipts(sites: Sequence[Site]) -> list[EgressEntry]:
-    """Every receipt of every site, in the order in which the payloads left."""
+def _receipts(sites: Path) -> list[EgressEntry]:
+    """Every receipt of every site, those that refused included, in the order in which the payloads left."""
     entries = []
-    for site in sites:
-        for line in (site.folder / "receipts.jsonl").read_text().splitlines():
+    for path in sorted(sites.glob(f"*/{RECEIPTS}")):
+        for line in path.read_text().splitlines():
             value = json.loads(line)
             name = value["name"]
             entries.append(

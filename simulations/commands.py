@@ -103,6 +103,10 @@ def run_folder(recipe: Recipe, out: Path | None, resume: bool) -> Path:
         out = Path("runs") / f"{recipe.name}-{recipe.run.seed}-{moment}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty: add --resume to go on with that run, or name another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be made ({error.strerror}): name another --out") from error
     return out
 
 

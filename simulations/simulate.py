@@ -14,8 +14,9 @@ import torch
 from common.config import save_run_config, save_site
 from common.errors import DataError
 from common.recipe import Engine, Recipe, SiteConfig, SiteFile
+from server.durable import write_atomic
 from server.outcome import RunOutcome
-from server.report import rebuild
+from server.report import REPORT_JSON, rebuild
 from simulations.assemble import assemble_report
 from simulations.hospitals import cut_sites
 from simulations.phantoms import write_site
@@ -43,7 +44,7 @@ def simulate(recipe: Recipe, out: Path, resume: bool) -> Path:
     _engine(recipe.run.engine)(out, sites)
     outcome = RunOutcome.load(out / "state")
     report = assemble_report(recipe, out, outcome, (started[0], started[1], started[2]))
-    (out / "report.json").write_text(report.to_json())
+    write_atomic(out / REPORT_JSON, report.to_json().encode())
     rebuild(out)
     return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.errors import ArtefactError
+from server.durable import write_atomic
 from server.report.schema import RunReport
 
 REPORT_JSON = "report.json"
@@ -17,7 +18,8 @@ def rebuild(run_dir: Path) -> Path:
     The same report gives the same page, byte for byte.
 
     Raises:
-        ArtefactError: the report is missing, unreadable or holds faults; all of them are listed.
+        ArtefactError: the report is missing, unreadable or holds faults, all of them listed; or the page
+            cannot be written.
     """
     # jinja2 is loaded only when a page is made: the coordinator imports this package for the schema.
     from server.report.checks import faults
@@ -32,7 +34,5 @@ def rebuild(run_dir: Path) -> Path:
     if found := faults(report):
         raise ArtefactError(f"{source} holds {len(found)} fault(s); no page was made", faults=found)
     target = run_dir / REPORT_HTML
-    partial = target.with_suffix(".html.partial")
-    partial.write_text(render(report), encoding="utf-8", newline="\n")
-    partial.replace(target)  # a reader never sees half a page
+    write_atomic(target, render(report).encode())
     return target

@@ -12,6 +12,8 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
+import client.guard
+import client.site
 from common import progress
 from common.plan import Stage
 from server.report.schema import RunReport
@@ -41,6 +43,8 @@ def wardround(*arguments: str | Path, **more: str) -> subprocess.CompletedProces
 
 def invoke(*arguments: str | Path) -> Result:
     """The same command in this process, where a fault can be planted; it saves the import of torch."""
+    client.guard.open_guard.cache_clear()  # another process would read every site's files anew
+    client.site._patients.cache_clear()
     try:
         return CliRunner().invoke(main, list(map(str, arguments)))
     finally:
