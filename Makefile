@@ -20,7 +20,7 @@ demo: install
 	$(BIN)/wardround demo
 
 test: check
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: install
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from client.losses import segmentation_loss
 from client.patients import Patient
 from client.sampling import PatchSampler
 from common.adapter import Adapter
-from common.errors import ArtefactError
+from common.errors import DataError
 from common.plan import RunPlan
 from common.teacher import ResidentTeacher
 
@@ -45,7 +45,8 @@ def adapt(
         order: (round index, seed). The seed decides every batch; the round index the learning rate.
 
     Raises:
-        ArtefactError: the adapter does not fit, or the loss is no longer finite (border code only outside).
+        ArtefactError: the adapter does not fit.
+        DataError: the loss is no longer finite.
         DeadlinePassed: between two steps.
     """
     settings, (round_index, seed) = plan.teacher, order
@@ -67,8 +68,6 @@ def adapt(
             losses.append(loss.item())
         trained = teacher.slots.read()
     if not all(math.isfinite(loss) for loss in losses):
-        raise ArtefactError(
-            "the training loss is not finite: lower teacher.learning_rate or check the images"
-        )
+        raise DataError("the training loss is not finite: lower teacher.learning_rate or check the images")
     tenth = max(1, len(losses) // 10)
     return Adaptation(trained, (sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth))

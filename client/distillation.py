@@ -26,6 +26,8 @@ from common.plan import RunPlan
 from common.recipe import SyntheticLabels
 from common.teacher import Teacher
 
+MOST_CROPS = 192
+
 teacher_calls = 0  # images that passed through a teacher here: tests assert none during a student's training
 
 
@@ -80,7 +82,7 @@ class TransferSet:
 
 
 @torch.inference_mode()
-def teacher_logits(teacher: Teacher, images: Tensor, views: int = 4) -> Tensor:
+def teacher_logits(teacher: Teacher, images: Tensor, views: int = 2) -> Tensor:
     """Logits (N, C, S, S) of the mean probability over ``views`` (1, 2 or 4) mirrored views."""
     global teacher_calls
     flips = [(), (3,), (2,), (2, 3)][:views]
@@ -108,11 +110,12 @@ def label_with_teacher(teacher: Teacher, images: Tensor, masks: Tensor, syntheti
 
 def real_crops(patients: Sequence[Patient], plan: RunPlan, seed: int) -> tuple[Tensor, Tensor]:
     """A fixed set of the site's training crops, labelled or not: images, masks (NaN: unlabelled)."""
-    samples = sum(len(patient.samples) for patient in patients)
-    crops = PatchSampler(patients, plan.data.image_size, seed, labelled=None).crops(
-        max(96, min(samples, 192))
-    )
-    blank = torch.full((len(plan.data.classes), plan.data.image_size, plan.data.image_size), float("nan"))
+    size = plan.data.image_size
+    areas = [sample.valid.numel() / size**2 for patient in patients for sample in patient.samples]
+    # An image no larger than a crop is taken once; a larger one so often that it is covered twice over.
+    wanted = sum(1 if area <= 1 else round(2 * area) for area in areas)
+    crops = PatchSampler(patients, size, seed, labelled=None).crops(min(wanted, MOST_CROPS))
+    blank = torch.full((len(plan.data.classes), size, size), float("nan"))
     masks = [blank if crop.mask is None else crop.mask.float() for crop in crops]
     return torch.stack([crop.image for crop in crops]), torch.stack(masks)
 

@@ -15,7 +15,7 @@ from scipy.ndimage import binary_erosion, gaussian_filter
 from torch import Tensor
 
 from client.patients import Patient, Sample
-from common.errors import PolicyRefusal
+from common.errors import DataError
 from common.style import STYLE_BOUNDS, StyleGroup, StyleSummary
 
 TEXTURE_SIGMA = 4.0  # pixels
@@ -61,7 +61,7 @@ def summarise_style(
     `STYLE_BOUNDS`.
 
     Raises:
-        PolicyRefusal: no group is large enough (field ``min_group_patients``).
+        DataError: no group is large enough.
     """
     vectors, owners = _vectors(patients, size)
     low, high = np.array(STYLE_BOUNDS).T
@@ -76,10 +76,9 @@ def summarise_style(
             mean, std = vectors[member].mean(0), vectors[member].std(0)
             groups.append(StyleGroup(share, mean.round(3).tolist(), std.round(3).tolist()))
     if not groups:
-        raise PolicyRefusal(
-            f"no style group of {min_patients} patients: collect more labelled patients, or share no style "
-            "(policy.allow_style: false)",
-            field="min_group_patients",
+        raise DataError(  # not a policy refusal: how many patients there are is the site's business
+            f"no style group of {min_patients} patients: label more patients, lower "
+            "policy.min_group_patients, or share no style (policy.allow_style: false)"
         )
     return StyleSummary(groups)
 

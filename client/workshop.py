@@ -119,18 +119,25 @@ class Workshop:
         return real_crops(self.train, self.plan, self.site.draw_seed(self.plan, "crops"))
 
     def _synthetic(self, styles: str) -> SyntheticSet | None:
-        """Images in every site's styles or in this site's own; None where the scope has none."""
+        """Images in "all" sites' styles or in this site's "own"; None where the scope has none."""
         scope = self.plan.generator.scope
         if scope == GeneratorScope.none:
             return None
-        if styles == "own" or scope == GeneratorScope.local:
-            chosen = [self._own_style]
-        else:
-            chosen = [self.styles[name] for name in sorted(self.styles)]
+        return self._own_images if styles == "own" or scope == GeneratorScope.local else self._all_images
+
+    @cached_property
+    def _all_images(self) -> SyntheticSet:
+        return self._paint([self.styles[name] for name in sorted(self.styles)])
+
+    @cached_property
+    def _own_images(self) -> SyntheticSet:
+        return self._paint([self._own_style])
+
+    def _paint(self, styles: Sequence[StyleSummary]) -> SyntheticSet:
         self.deadline.check("sampling synthetic images")
         generator = resident_generator(self.plan.generator.name, self.plan.generator.rank)
         seed = self.site.draw_seed(self.plan, "synthetic")
-        return synthesise(generator, self._generator_adapter(), chosen, self.plan, seed)
+        return synthesise(generator, self._generator_adapter(), styles, self.plan, seed)
 
     @cached_property
     def _own_style(self) -> StyleSummary:

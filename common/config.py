@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.canonical import sha256_of
+from common.durable import write_atomic
 from common.errors import ConfigError
 from common.recipe import Recipe, SiteConfig, SiteFile
 from common.recipe_rules import file_faults, recipe_faults, site_file_faults
@@ -96,10 +97,9 @@ def save_site(site: SiteFile, path: Path) -> None:
 
 
 def _save(section: Recipe | SiteFile, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(asdict(section)))  # enums as their text
     # Letters beyond ASCII are escaped: unescaped, YAML takes some of them for the end of a line.
-    path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    write_atomic(path, yaml.safe_dump(plain, sort_keys=False).encode())
 
 
 def load_run_config(path: Path) -> Recipe:

@@ -58,7 +58,6 @@ class RunConfig:
     rounds: int = 3
     engine: Engine = Engine.loopback
     threads: int = 1  # torch threads of each worker; a result is reproducible for one value of it
-    device: str = "cpu"
     min_sites: int = 2  # a round with fewer replies fails the run
     site_deadline_s: float = 1800.0  # for one site's answer to one message
 

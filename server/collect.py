@@ -21,9 +21,9 @@ from flwr.serverapp import Grid
 
 from common import progress, wire
 from common.adapter import AdapterUpdate
+from common.durable import write_atomic
 from common.errors import ArtefactError, DeadlinePassed
 from common.plan import Stage
-from server.durable import write_atomic
 from server.events import EventLog
 from server.report.schema import Rejection
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.canonical import canonical_json
-from server.durable import append_line
+from common.durable import append_line
 
 
 def _now() -> datetime:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from common.canonical import canonical_json
+from common.durable import write_atomic
 from common.errors import ArtefactError
 from common.guard_api import SiteMetrics, StudentNote
 from common.plan import Stage, rebuild
 from common.style import StyleSummary
-from server.durable import write_atomic
 from server.report.schema import RoundRecord
 
 OUTCOME_FILE = "outcome.json"

@@ -16,12 +16,12 @@ from pathlib import Path
 from common import wire
 from common.adapter import Adapter
 from common.canonical import canonical_json
+from common.durable import write_atomic
 from common.errors import WardroundError
 from common.plan import RunPlan, Stage
 from common.recipe import Recipe
 from server.aggregation import AggregationRule, build_rule
 from server.collect import Collector, Errand, Take
-from server.durable import write_atomic
 from server.outcome import RunOutcome
 from server.planning import build_plan, first_adapters
 from server.roll_call import call_the_roll

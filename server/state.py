@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from common.durable import write_atomic
 from common.errors import ArtefactError
 from common.plan import RunPlan
-from server.durable import write_atomic
 from server.outcome import RunOutcome
 
 CHECKPOINT = "checkpoint.safetensors"

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from common.config import save_run_config, save_site
+from common.durable import write_atomic
 from common.errors import DataError
 from common.recipe import Engine, Recipe, SiteConfig, SiteFile
-from server.durable import write_atomic
 from server.outcome import RunOutcome
 from server.report import REPORT_JSON, rebuild
 from simulations.assemble import assemble_report

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common.durable import write_atomic
 from common.errors import ArtefactError
-from server.durable import write_atomic
 from server.report.schema import RunReport
 
 REPORT_JSON = "report.json"

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.durable import append_line
 from common.errors import ArtefactError
 from common.guard_api import Metric, SiteCounts, SiteMetrics, StudentNote
 from common.plan import RunPlan
 from common.style import StyleGroup, StyleSummary
-from server.durable import append_line
 from server.outcome import RunOutcome, SiteRefusal
 from server.report.schema import Rejection, RoundRecord
 from server.state import CHECKPOINT, Checkpoint, StateStore
@@ -97,7 +97,7 @@ def test_the_last_good_state_is_kept_when_saving_fails(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if step == "fsync":
-        monkeypatch.setattr("server.durable.os.fsync", full)
+        monkeypatch.setattr("common.durable.os.fsync", full)
     else:
         monkeypatch.setattr(Path, "replace" if step == "replace" else "open", full)
     with pytest.raises(ArtefactError) as caught:
@@ -121,7 +121,7 @@ def test_a_crash_while_writing_leaves_the_state_before(
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("server.durable.os.fsync", die)
+    monkeypatch.setattr("common.durable.os.fsync", die)
     with pytest.raises(KeyboardInterrupt):
         store.save(checkpoint(smoke_plan, 2.0))
     monkeypatch.undo()

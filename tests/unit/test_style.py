@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from client.patients import Patient, Sample, Split
 from client.style import sample_styles, style_vector, summarise_style
-from common.errors import PolicyRefusal
+from common.errors import DataError
 from common.style import STYLE_BOUNDS, STYLE_FIELDS, StyleGroup, StyleSummary
 
 
@@ -74,9 +74,9 @@ def test_two_appearances_become_two_groups() -> None:
 
 def test_many_images_of_one_patient_are_not_a_group() -> None:
     lonely = Patient("p", Split.train, tuple(painted(0.9, 0.1, 0.02, i) for i in range(20)))
-    with pytest.raises(PolicyRefusal) as caught:
+    with pytest.raises(DataError, match="min_group_patients") as caught:
         summarise_style([lonely], 32, 5, 2, 0)
-    assert caught.value.field == "min_group_patients"
+    assert caught.value.border_code == "REFUSED_LOCAL"  # outside, it says nothing of how many there are
 
 
 def test_sampled_styles_repeat_stay_in_bounds_and_keep_grey_grey() -> None:

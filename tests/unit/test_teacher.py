@@ -10,6 +10,7 @@ from common import checkpoints
 from common.errors import ArtefactError
 from common.recipe import ClassConfig, DataConfig, TeacherConfig
 from common.teacher import HEADS, initial_adapter, resident_teacher, shipped_teacher
+from simulations.scenes import TARGETS
 
 DATA = DataConfig(image_size=64, classes=[ClassConfig("a", 1, "blob"), ClassConfig("b", 2, "vessel")])
 
@@ -76,6 +77,10 @@ def test_shipped_weights_are_their_cards_and_small_enough(name: str) -> None:
     assert card["bytes"] <= limit * 2**20
     assert card["licence"] == "Apache-2.0"
     assert sum(t.numel() for t in checkpoints.load_tensors(name).values()) >= card["params"]
+
+
+def test_scenes_and_heads_name_the_same_structures_in_the_same_order() -> None:
+    assert TARGETS == HEADS
 
 
 def test_there_are_three_shipped_models() -> None:

@@ -23,7 +23,7 @@ from client.losses import feature_loss, segmentation_loss, soft_dice_loss, softe
 from client.patients import Patient
 from client.students import build_student
 from client.style import summarise_style
-from common.errors import ArtefactError, DeadlinePassed
+from common.errors import DataError, DeadlinePassed
 from common.generator import haar, inverse_haar, resident_generator
 from common.generator import initial_adapter as initial_generator
 from common.plan import RunPlan
@@ -108,7 +108,7 @@ def test_a_loss_that_is_not_finite_is_an_error(
     smoke_plan: RunPlan, teacher: ResidentTeacher, patients: list[Patient]
 ) -> None:
     plan = replace(smoke_plan, teacher=replace(smoke_plan.teacher, learning_rate=1e30, steps=4))
-    with pytest.raises(ArtefactError, match="not finite"):
+    with pytest.raises(DataError, match="not finite"):
         adaptation.adapt(teacher, start(plan), patients, plan, (0, 0), FOREVER)
 
 

@@ -1,0 +1,75 @@
+"""The scopes of the generator: what each sends, and that each paints (or does not)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.config import load_recipe, save_run_config
+from server.outcome import RunOutcome
+from simulations.loopback import run_loopback
+from simulations.simulate import prepare_sites
+
+
+@pytest.fixture(scope="module", params=["style", "local", "federated", "none"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The federation alone, without the report, on the smallest recipe."""
+    scope = request.param
+    settings = [
+        f"generator.scope={scope}",
+        "run.rounds=1",
+        "baselines=[no_federation]",
+        "generator.keep_dice=0",
+    ]
+    recipe = load_recipe("smoke", settings)
+    out = tmp_path_factory.mktemp(scope)
+    save_run_config(recipe, out / "config.yaml")
+    prepare_sites(recipe, out / "sites")
+    run_loopback(out, out / "sites")
+    return scope, out
+
+
+def stages(out: Path) -> list[str]:
+    return [record.stage for record in RunOutcome.load(out / "state").rounds]
+
+
+def names_on_receipts(out: Path, site: str) -> set[str]:
+    lines = (out / "sites" / site / "receipts.jsonl").read_text().splitlines()
+    return {json.loads(line)["name"] for line in lines}
+
+
+def test_a_scope_sends_what_it_needs_and_no_more(run: tuple[str, Path]) -> None:
+    scope, out = run
+    assert ("style" in stages(out)) == (scope in ("style", "federated"))
+    assert ("generator" in stages(out)) == (scope == "federated")
+    for site in ("east", "west"):
+        sent = names_on_receipts(out, site)
+        assert ("style" in sent) == (scope in ("style", "federated"))
+        assert ("generator.adapter" in sent) == (scope == "federated")
+
+
+def test_every_scope_but_none_paints_images(run: tuple[str, Path]) -> None:
+    scope, out = run
+    outcome = RunOutcome.load(out / "state")
+    for site, note in outcome.notes.items():
+        painted = list((out / "sites" / site / "synthetic").glob("*_mask.png"))
+        assert note.generated == (0 if scope == "none" else 2)
+        assert len(painted) == note.kept == note.generated
+
+
+def test_the_federated_generator_is_one_for_all_and_changed(run: tuple[str, Path]) -> None:
+    scope, out = run
+    outcome = RunOutcome.load(out / "state")
+    assert bool(outcome.generator_sha256) == (scope == "federated")
+    if scope == "federated":
+        record = next(record for record in outcome.rounds if record.stage == "generator")
+        assert sorted(record.bytes_up) == ["east", "west"]
+        assert record.residual is not None
+
+
+def test_a_student_without_federation_is_trained_in_every_scope(run: tuple[str, Path]) -> None:
+    _, out = run
+    for site in ("east", "west"):
+        assert (out / "sites" / site / "baselines" / "no_federation.safetensors").exists()
