@@ -158,11 +158,11 @@ def distil(
 ) -> list[float]:
     """Train ``student`` in place for ``plan.student.steps`` steps; the loss of each step.
 
-    Half of each batch is labelled crops, half the transfer set (all labelled without one). Guarantee: no
-    teacher is called here; its outputs come from ``transfer``.
+    Each step takes ``batch_size`` labelled crops, the same ones for every variant, and beside them
+    ``transfer_batch_size`` of the transfer set. Guarantee: no teacher is called here; its outputs come from
+    ``transfer``.
     """
     settings = plan.student
-    labelled = settings.batch_size if transfer is None else settings.batch_size // 2
     sampler = PatchSampler(patients, plan.data.image_size, seed, labelled=True)
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
@@ -178,10 +178,10 @@ def distil(
         optimiser.param_groups[0]["lr"] = (
             settings.learning_rate * warm_up * learning_rate_share(step, settings.steps)
         )
-        batch = sampler.batch(labelled)
+        batch = sampler.batch(settings.batch_size)
         loss = settings.supervised_weight * segmentation_loss(student(batch.images), batch.masks)
         if transfer is not None:
-            chosen = _draw(transfer, settings.batch_size - labelled, settings.synthetic_share, rng)
+            chosen = _draw(transfer, settings.transfer_batch_size, settings.synthetic_share, rng)
             loss = loss + _transfer_loss(student, aligned, transfer, chosen, plan, rng)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

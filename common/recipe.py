@@ -178,13 +178,14 @@ class GeneratorConfig:
 class StudentConfig:
     name: str = "unet-xs"
     steps: int = 120
-    batch_size: int = 16
+    batch_size: int = 16  # labelled crops a step, for every variant
+    transfer_batch_size: int = 8  # crops of the transfer set a step, beside them
     learning_rate: float = 2e-3
     temperature: float = 2.0
     supervised_weight: float = 1.0
     logit_weight: float = 1.0
     feature_weight: float = 0.1
-    synthetic_share: float = 0.5  # of each batch's unlabelled half
+    synthetic_share: float = 0.5  # of the crops of the transfer set
     synthetic_labels: SyntheticLabels = SyntheticLabels.soft
 
 

@@ -101,6 +101,7 @@ RANGES: dict[type, dict[str, Range]] = {
     schema.StudentConfig: {
         "steps": COUNT,
         "batch_size": COUNT,
+        "transfer_batch_size": COUNT,
         "learning_rate": POSITIVE,
         "temperature": POSITIVE,
         "supervised_weight": NOT_NEGATIVE,

@@ -240,7 +240,10 @@ def test_distillation_follows_the_teacher_where_labels_say_nothing(
     everywhere = replace(transfer, logits=torch.full_like(transfer.logits, 6.0))  # type: ignore[arg-type]
     nowhere = replace(transfer, logits=torch.full_like(transfer.logits, -6.0))  # type: ignore[arg-type]
     plan = replace(
-        smoke_plan, student=replace(smoke_plan.student, steps=15, batch_size=8, supervised_weight=0.0)
+        smoke_plan,
+        student=replace(
+            smoke_plan.student, steps=15, batch_size=2, transfer_batch_size=8, supervised_weight=0.0
+        ),
     )
     shares = []
     for taught in (everywhere, nowhere):
