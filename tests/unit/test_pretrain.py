@@ -1,0 +1,72 @@
+"""Pre-training in miniature: it repeats, it ships a card, and it names how to make the weights again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import checkpoints
+from simulations import pretrain
+from simulations.pretrain import HEAD_WEIGHT, MAKERS, SHIPPED, Bank, curriculum, dim, segmentation_loss
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(pretrain, "SCENES", 12)
+    monkeypatch.setattr(pretrain, "VALIDATION", 6)
+    monkeypatch.setattr(checkpoints, "FOLDER", tmp_path)
+    checkpoints.card.cache_clear()
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_same_seed_makes_the_same_weights(kind: str, small: Path) -> None:
+    digests = []
+    for _ in range(2):
+        torch.manual_seed(np.random.default_rng().integers(1 << 30))  # whatever ran before
+        MAKERS[kind](3, 2)
+        checkpoints.card.cache_clear()
+        digests.append(checkpoints.base_sha256(SHIPPED[kind]))
+    assert digests[0] == digests[1]
+    card = checkpoints.card(SHIPPED[kind])
+    assert card["kind"] == kind
+    assert card["reproduce"] == f"python -m simulations.pretrain {kind} --seed 3 --steps 2"
+    assert "no real image" in card["trained_on"]
+
+
+def test_a_batch_has_the_kinds_that_were_asked_for() -> None:
+    bank = Bank.make(0, 9)
+    image, target, kinds = bank.draw(np.random.default_rng(0), 5, (0, 1, 0))
+    assert kinds.tolist() == [1] * 5
+    assert image.shape == (5, 3, 96, 96)
+    assert target[:, 1].flatten(1).any(1).all()
+
+
+def test_vessels_come_first_and_never_alone_later() -> None:
+    assert curriculum(0, 100)[0] == 0.9
+    assert curriculum(50, 100)[0] < 0.5
+
+
+def test_the_loss_is_zero_for_the_truth_and_counts_thin_structures_most() -> None:
+    target = torch.zeros(2, 5, 8, 8)
+    target[:, :, :4] = 1
+    assert segmentation_loss((target * 2 - 1) * 40, target) < 1e-4
+    wrong = [(target * 2 - 1) * 40 for _ in range(2)]
+    wrong[0][:, 0] *= -1  # the vessel head
+    wrong[1][:, 4] *= -1
+    assert segmentation_loss(wrong[0], target) > segmentation_loss(wrong[1], target)
+    assert HEAD_WEIGHT.argmax() == 0
+
+
+def test_a_dimmed_batch_keeps_its_order_and_leaves_the_full_range() -> None:
+    image = torch.rand(4, 3, 16, 16)
+    seen = [dim(image, np.random.default_rng(seed)) for seed in range(12)]
+    changed = [one for one in seen if not torch.equal(one, image)]
+    assert 0 < len(changed) < len(seen)
+    for one in changed:
+        assert one.min() >= 0
+        assert one.max() <= 1
+        assert torch.equal(one.flatten(2).argmax(2), image.flatten(2).argmax(2))
