@@ -106,9 +106,19 @@ def credit_table(reports: Sequence[RunReport]) -> list[str]:
         row = []
         for where in ("own", "all"):
             row.append(spread(_difference(report, better, worse, where) for report in reports))
-        worst = (min(_by_site(report, better, worse).values(), default=None) for report in reports)
-        lines.append(f"| {name} | {better} - {worse} | {' | '.join(row)} | {spread(worst)} |")
+        lowest = (min(_by_site(report, better, worse).values(), default=None) for report in reports)
+        lines.append(f"| {name} | {better} - {worse} | {' | '.join(row)} | {spread(lowest)} |")
+    if {"teacher", "local_teacher"} <= present:
+        margins = spread(_over_the_best(report) for report in reports)
+        lines.append(f"| over the best single-site teacher | teacher - best local_teacher | | {margins} | |")
     return lines
+
+
+def _over_the_best(report: RunReport) -> float | None:
+    """The federated teacher minus the best single-site teacher, both on all sites' patients."""
+    teacher = site_mean(report, "teacher", "all")
+    alone = cell_values(report, "local_teacher", "all")
+    return teacher - max(alone.values()) if teacher is not None and alone else None
 
 
 def _difference(report: RunReport, better: str, worse: str, where: str) -> float | None:

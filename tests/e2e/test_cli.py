@@ -21,6 +21,7 @@ from PIL import Image
 from common import config, progress
 from common.errors import BudgetExceeded, FederationError
 from tests.architecture.sources import ROOT
+from tests.e2e.walks import AS_A_USER
 from wardround import main
 
 HEAVY = ("torch", "flwr", "omegaconf", "monai", "transformers", "diffusers", "peft", "ray", "numpy", "rich")
@@ -360,7 +361,7 @@ def test_a_defect_exits_with_70_and_says_where_its_report_is(stopped: list[BaseE
 
 def test_ctrl_c_in_a_round_keeps_the_run_and_the_named_command_finishes_it() -> None:
     recipe = ["smoke", "baselines=[]", "--out", "run"]
-    command = [sys.executable, "-m", "wardround", "simulate", *recipe]
+    command = [sys.executable, "-c", AS_A_USER, "simulate", *recipe]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
