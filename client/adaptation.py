@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from client.deadline import Deadline
+from client.fitting import Schedule, ends, fit
 from client.losses import segmentation_loss
 from client.patients import Patient
 from client.sampling import PatchSampler
 from common.adapter import Adapter
-from common.errors import DataError
 from common.plan import RunPlan
 from common.teacher import ResidentTeacher
 
@@ -24,11 +23,6 @@ class Adaptation:
 
     adapter: Adapter
     losses: tuple[float, float]
-
-
-def learning_rate_share(step: int, total: int) -> float:
-    """Cosine from 1 to 0.1 over the whole run, so that late rounds average small, settled updates."""
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * step / max(total, 1)))
 
 
 def adapt(
@@ -51,23 +45,15 @@ def adapt(
     """
     settings, (round_index, seed) = plan.teacher, order
     sampler = PatchSampler(patients, plan.data.image_size, seed, labelled=True)
-    losses: list[float] = []
+    steps = settings.steps
+    schedule = Schedule(settings.learning_rate, steps, round_index * steps, plan.rounds * steps)
     with teacher.visit(adapter, train=True) as network:
-        parameters = list(teacher.slots.trainable().values())
-        optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.01)
-        for step in range(settings.steps):
-            deadline.check("adapting the teacher")
-            share = learning_rate_share(round_index * settings.steps + step, plan.rounds * settings.steps)
-            optimiser.param_groups[0]["lr"] = settings.learning_rate * share * min(1.0, (step + 1) / 5)
+
+        def loss_at() -> Tensor:
             batch = sampler.batch(settings.batch_size)
-            loss = segmentation_loss(network(batch.images).logits, batch.masks)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            losses.append(loss.item())
-        trained = teacher.slots.read()
-    if not all(math.isfinite(loss) for loss in losses):
-        raise DataError("the training loss is not finite: lower teacher.learning_rate or check the images")
-    tenth = max(1, len(losses) // 10)
-    return Adaptation(trained, (sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth))
+            return segmentation_loss(network(batch.images).logits, batch.masks)
+
+        losses = fit(
+            list(teacher.slots.trainable().values()), schedule, loss_at, deadline, "adapting the teacher"
+        )
+        return Adaptation(teacher.slots.read(), ends(losses))

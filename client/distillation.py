@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from client.adaptation import learning_rate_share
 from client.deadline import Deadline
+from client.fitting import Schedule, fit
 from client.generation import SyntheticSet
 from client.losses import feature_loss, segmentation_loss, soft_dice_loss, softened_logit_loss
 from client.patients import Patient
@@ -168,26 +168,19 @@ def distil(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
         aligned = _Alignment(student, 96, 32)
-    parameters = [*student.parameters(), *aligned.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.01)
-    losses: list[float] = []
-    student.train()
-    for step in range(settings.steps):
-        deadline.check("distilling the student")
-        warm_up = min(1.0, (step + 1) / 10)
-        optimiser.param_groups[0]["lr"] = (
-            settings.learning_rate * warm_up * learning_rate_share(step, settings.steps)
-        )
+
+    def loss_at() -> Tensor:
         batch = sampler.batch(settings.batch_size)
         loss = settings.supervised_weight * segmentation_loss(student(batch.images), batch.masks)
         if transfer is not None:
             chosen = _draw(transfer, settings.transfer_batch_size, settings.synthetic_share, rng)
             loss = loss + _transfer_loss(student, aligned, transfer, chosen, plan, rng)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        losses.append(loss.item())
+        return loss
+
+    student.train()
+    schedule = Schedule(settings.learning_rate, settings.steps, warm_up=10)
+    parameters = [*student.parameters(), *aligned.parameters()]
+    losses = fit(parameters, schedule, loss_at, deadline, "distilling the student")
     student.eval()
     return losses
 

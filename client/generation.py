@@ -11,8 +11,9 @@ from diffusers import DPMSolverMultistepScheduler
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.adaptation import Adaptation, learning_rate_share
+from client.adaptation import Adaptation
 from client.deadline import Deadline
+from client.fitting import Schedule, ends, fit
 from client.patients import Patient
 from client.sampling import PatchSampler
 from client.shapes import PRIORS
@@ -127,23 +128,17 @@ def fine_tune(
     settings, (round_index, seed) = plan.generator, order
     sampler = PatchSampler(patients, plan.data.image_size, seed, labelled=True)
     noise = torch.Generator().manual_seed(seed % 2**63)
-    losses: list[float] = []
+    steps = settings.steps
+    schedule = Schedule(settings.learning_rate, steps, round_index * steps, settings.rounds * steps)
     with generator.visit(adapter, train=True) as network:
-        parameters = list(generator.slots.trainable().values())
-        optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate)
-        for step in range(settings.steps):
-            deadline.check("training the generator")
-            share = learning_rate_share(round_index * settings.steps + step, settings.rounds * settings.steps)
-            optimiser.param_groups[0]["lr"] = settings.learning_rate * share
-            loss = diffusion_loss(network, *_styled_batch(sampler, settings.batch_size), noise)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            losses.append(loss.item())
-        trained = generator.slots.read()
-    tenth = max(1, len(losses) // 10)
-    return Adaptation(trained, (sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth))
+
+        def loss_at() -> Tensor:
+            return diffusion_loss(network, *_styled_batch(sampler, settings.batch_size), noise)
+
+        losses = fit(
+            list(generator.slots.trainable().values()), schedule, loss_at, deadline, "training the generator"
+        )
+        return Adaptation(generator.slots.read(), ends(losses))
 
 
 def _styled_batch(sampler: PatchSampler, size: int) -> tuple[Tensor, Tensor, Tensor]:

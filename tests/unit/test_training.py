@@ -18,6 +18,7 @@ import client.generation as generation
 from client.curation import agreement, drop_inconsistent
 from client.deadline import Deadline
 from client.distillation import VARIANTS, TransferSet, assemble_transfer_set, distil, real_crops
+from client.fitting import Schedule
 from client.generation import fine_tune, synthesise
 from client.losses import feature_loss, segmentation_loss, soft_dice_loss, softened_logit_loss
 from client.patients import Patient
@@ -113,10 +114,12 @@ def test_a_loss_that_is_not_finite_is_an_error(
 
 
 def test_the_learning_rate_falls_over_the_whole_run() -> None:
-    shares = [adaptation.learning_rate_share(step, 100) for step in range(101)]
-    assert shares[0] == 1
-    assert shares[-1] == pytest.approx(0.1)
-    assert shares == sorted(shares, reverse=True)
+    rounds = [Schedule(1.0, 10, first, 30, warm_up=1) for first in (0, 10, 20)]
+    rates = [part.rate(step) for part in rounds for step in range(10)]
+    assert rates[0] == 1
+    assert rates[-1] < 0.12
+    assert rates == sorted(rates, reverse=True)
+    assert Schedule(1.0, 10, warm_up=5).rate(0) == pytest.approx(0.2)
 
 
 # -- generation and curation -------------------------------------------------------------------------
