@@ -17,7 +17,7 @@ from common.errors import DataError
 class Schedule:
     """Learning rate over a training of ``steps`` steps that is the part from ``first`` of ``total`` steps.
 
-    A cosine from ``learning_rate`` to a tenth of it over the whole, so that late rounds average small updates;
+    A cosine from ``learning_rate`` to a tenth of it over the whole, so that late rounds settle;
     a linear warm-up over ``warm_up`` steps of each part, because the optimiser starts afresh.
     """
 
