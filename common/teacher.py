@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import SamVisionConfig, SamVisionModel
 
 from common import checkpoints
 from common.adapter import Adapter
+from common.backbones import build_backbone
+from common.backbones.base import Backbone, Features, fit_to_unit
 from common.decoder import MaskDecoder
 from common.errors import ArtefactError
 from common.lora import AdapterSlots
@@ -26,9 +27,19 @@ from common.seeding import derive_seed
 
 HEADS = ("vessel", "blob", "region", "bright", "dark")  # the shipped decoder's heads, in order
 PRESETS: dict[str, tuple[str, ...]] = {"base": ("attn.qkv", "attn.proj"), "lite": ("attn.qkv",)}
-PATCH = 8
 
 teachers_built = 0  # how many networks this process has built: tests assert that it stays at one
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What an encoder's weights were trained with: channel order RGB, values in [0, 1] before."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+TINY = Preprocessing((0.45,) * 3, (0.25,) * 3)
 
 
 @dataclass(frozen=True)
@@ -43,46 +54,28 @@ class TeacherOutput:
 class Teacher(nn.Module):
     """Image (B, 3, S, S) in [0, 1] -> `TeacherOutput`."""
 
-    def __init__(self, config: SamVisionConfig, classes: int) -> None:
+    def __init__(
+        self, encoder: Backbone, classes: int, multi_scale: bool = True, preprocessing: Preprocessing = TINY
+    ) -> None:
         super().__init__()
-        self.encoder = SamVisionModel(config)
-        self.decoder = MaskDecoder(config.output_channels, classes)
+        self.encoder = encoder
+        self.multi_scale = multi_scale
+        self.decoder = MaskDecoder(encoder.channels, encoder.tap_channels if multi_scale else (), classes)
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> TeacherOutput:
-        image = (image - 0.45) / 0.25
-        tokens = self.encoder(image).last_hidden_state
-        logits, feature = self.decoder(tokens, image)
-        return TeacherOutput(logits, tokens, feature)
+        return self.decode(self.encoder(self.prepared(image)), image)
 
+    def prepared(self, image: Tensor) -> Tensor:
+        """What the encoder takes: normalised as its card says, with sides that it can cut into patches."""
+        return fit_to_unit((image - self.mean) / self.std, self.encoder.unit)
 
-def tiny_config(image_size: int) -> SamVisionConfig:
-    """``ward-sam-tiny``: 4 blocks of width 128 on 8 x 8 patches, every second block global.
-
-    ``initializer_range`` matters: the library's default is 1e-10, which leaves a new network dead.
-    """
-    return SamVisionConfig(
-        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, mlp_dim=512, output_channels=96,
-        image_size=image_size, patch_size=PATCH, window_size=4, global_attn_indexes=[1, 3],
-        initializer_range=0.02,
-    )  # fmt: skip
-
-
-def resize_position_tables(encoder: SamVisionModel, image_size: int) -> None:
-    """Interpolate the absolute and the global layers' relative position tables for another image size."""
-    inner = encoder.vision_encoder
-    grid = image_size // PATCH
-    table = F.interpolate(
-        inner.pos_embed.permute(0, 3, 1, 2), (grid, grid), mode="bicubic", align_corners=False
-    )
-    inner.pos_embed = nn.Parameter(table.permute(0, 2, 3, 1).contiguous())
-    for layer in inner.layers:
-        if layer.window_size == 0:
-            for name in ("rel_pos_h", "rel_pos_w"):
-                old = getattr(layer.attn, name)
-                new = F.interpolate(old.T[None], size=2 * grid - 1, mode="linear")[0].T.contiguous()
-                setattr(layer.attn, name, nn.Parameter(new))
-    inner.patch_embed.image_size = (image_size, image_size)
-    inner.config.image_size = inner.image_size = image_size
+    def decode(self, features: Features, image: Tensor) -> TeacherOutput:
+        """From the encoder's features to logits. The decoder sees the image normalised in one way for all."""
+        taps = features.taps if self.multi_scale else ()
+        logits, feature = self.decoder(features.tokens, taps, (image - TINY.mean[0]) / TINY.std[0])
+        return TeacherOutput(logits, features.tokens, feature)
 
 
 def shipped_teacher(name: str, image_size: int) -> Teacher:
@@ -90,12 +83,15 @@ def shipped_teacher(name: str, image_size: int) -> Teacher:
     card = checkpoints.card(name)
     if card.get("kind") != "teacher":
         raise ArtefactError(f"{name} is a {card.get('kind')}, not a teacher; see `wardround teacher list`")
-    if image_size % (4 * PATCH):
-        raise ArtefactError(f"{name} takes image sizes that are multiples of {4 * PATCH}, not {image_size}")
-    teacher = Teacher(tiny_config(card["image_size"]), len(card["heads"]))
+    encoder = build_backbone(card["encoder"]["family"], card["encoder"]["config"])
+    if image_size % max(encoder.unit, 32):
+        wanted = max(encoder.unit, 32)
+        raise ArtefactError(f"{name} takes image sizes that are multiples of {wanted}, not {image_size}")
+    preprocessing = Preprocessing(tuple(card["preprocessing"]["mean"]), tuple(card["preprocessing"]["std"]))
+    teacher = Teacher(encoder, len(card["heads"]), card["multi_scale"], preprocessing)
     teacher.load_state_dict(checkpoints.load_tensors(name))
     if image_size != card["image_size"]:
-        resize_position_tables(teacher.encoder, image_size)
+        teacher.encoder.resize_positions(image_size)
     return teacher
 
 
@@ -175,10 +171,10 @@ def teacher_info(name: str) -> dict[str, Any]:
     card = dict(checkpoints.card(name))
     if card.get("kind") != "teacher":
         raise ArtefactError(f"{name} is no teacher; see `wardround teacher list`")
-    width = tiny_config(card["image_size"])
-    per_layer = {"attn.qkv": 4 * width.hidden_size, "attn.proj": 2 * width.hidden_size}  # in + out a rank
+    width = card["encoder"]["config"]["hidden_size"]
+    per_layer = {"attn.qkv": 4 * width, "attn.proj": 2 * width}  # in + out a rank
     card["presets"] = {
-        preset: {"targets": list(targets), "elements_at_rank_8": 8 * width.num_hidden_layers
+        preset: {"targets": list(targets), "elements_at_rank_8": 8 * card["encoder"]["config"]["num_hidden_layers"]
                  * sum(per_layer[target] for target in targets)}
         for preset, targets in PRESETS.items()
     }  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +19,20 @@ from torch.nn import functional as F
 from client.students import UNetXS
 from client.style import style_vector
 from common import checkpoints, progress
+from common.backbones import build_backbone
 from common.generator import StyleDiffusion, diffusion_loss
 from common.seeding import derive_rng, derive_seed
-from common.teacher import HEADS, Teacher, tiny_config
+from common.teacher import HEADS, Teacher
 from simulations.scenes import KINDS, TARGETS, scene_bank
 
 SIZE = 96
+# 4 blocks of width 128 on 8 x 8 patches, every second block global. `initializer_range` matters: the
+# library's default is 1e-10, which leaves a new network dead.
+TINY_SAM: dict[str, Any] = {
+    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_dim": 512,
+    "output_channels": 96, "image_size": SIZE, "patch_size": 8, "window_size": 4,
+    "global_attn_indexes": [1, 3], "initializer_range": 0.02,
+}  # fmt: skip
 SCENES = 6000
 VALIDATION = 120
 LICENCE = "Apache-2.0"
@@ -128,7 +137,7 @@ def curriculum(step: int, steps: int) -> tuple[float, float, float]:
 
 def pretrain_teacher(seed: int, steps: int) -> None:
     torch.manual_seed(derive_seed(seed, "teacher", "init"))
-    network = Teacher(tiny_config(SIZE), len(HEADS))
+    network = Teacher(build_backbone("sam", TINY_SAM), len(HEADS))
     nn.init.normal_(network.encoder.vision_encoder.pos_embed, std=0.02)
     bank, held_out = Bank.make(derive_seed(seed, "scenes"), SCENES), Bank.make(seed + 1, VALIDATION)
     rng = derive_rng(seed, "teacher", "batches")
