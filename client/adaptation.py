@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,10 +13,11 @@ from client.deadline import Deadline
 from client.fitting import Schedule, ends, fit
 from client.losses import segmentation_loss
 from client.patients import Patient
+from client.prefix_cache import training_views
 from client.sampling import PatchSampler
 from common.adapter import Adapter
 from common.plan import RunPlan
-from common.teacher import ResidentTeacher
+from common.teacher import ResidentTeacher, Teacher
 
 
 @dataclass(frozen=True)
@@ -25,35 +28,59 @@ class Adaptation:
     losses: tuple[float, float]
 
 
+class Visit(NamedTuple):
+    """One round at one site.
+
+    ``round_index`` decides the learning rate, ``seed`` every batch. ``folder`` is the site's own, where the
+    frozen prefix is kept between rounds if the plan has fixed views; None keeps none.
+    """
+
+    round_index: int
+    seed: int
+    folder: Path | None = None
+
+
 def adapt(
     teacher: ResidentTeacher,
     adapter: Adapter,
     patients: Sequence[Patient],
     plan: RunPlan,
-    order: tuple[int, int],
+    order: tuple[int, int] | Visit,
     deadline: Deadline,
 ) -> Adaptation:
     """Train for ``plan.teacher.steps`` steps from ``adapter``.
 
     Args:
-        order: (round index, seed). The seed decides every batch; the round index the learning rate.
+        order: (round index, seed), and where a frozen prefix may be kept; see `Visit`.
 
     Raises:
         ArtefactError: the adapter does not fit.
+        ConfigError: ``plan.teacher.cached_views``, and the adapter leaves no prefix frozen.
         DataError: the loss is no longer finite.
         DeadlinePassed: between two steps.
     """
-    settings, (round_index, seed) = plan.teacher, order
-    sampler = PatchSampler(patients, plan.data.image_size, seed, labelled=True)
+    settings, visit = plan.teacher, Visit(*order)
     steps = settings.steps
-    schedule = Schedule(settings.learning_rate, steps, round_index * steps, plan.rounds * steps)
+    schedule = Schedule(settings.learning_rate, steps, visit.round_index * steps, plan.rounds * steps)
     with teacher.visit(adapter, train=True) as network:
-
-        def loss_at() -> Tensor:
-            batch = sampler.batch(settings.batch_size)
-            return segmentation_loss(network(batch.images).logits, batch.masks)
-
+        if settings.cached_views:
+            loss_at = training_views(network, adapter, patients, plan, (visit.seed, visit.folder))
+        else:
+            loss_at = _fresh_crops(network, patients, plan, visit.seed)
         losses = fit(
             list(teacher.slots.trainable().values()), schedule, loss_at, deadline, "adapting the teacher"
         )
         return Adaptation(teacher.slots.read(), ends(losses))
+
+
+def _fresh_crops(
+    network: Teacher, patients: Sequence[Patient], plan: RunPlan, seed: int
+) -> Callable[[], Tensor]:
+    """The loss of the next batch of freshly drawn and augmented crops."""
+    sampler = PatchSampler(patients, plan.data.image_size, seed, labelled=True)
+
+    def loss_at() -> Tensor:
+        batch = sampler.batch(plan.teacher.batch_size)
+        return segmentation_loss(network(batch.images).logits, batch.masks, plan.data.exclusive)
+
+    return loss_at

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from client.distillation import TransferSet
+from common.probability import masks_of, probabilities
 
 
 @dataclass(frozen=True)
@@ -23,23 +24,24 @@ class Curated:
         return self.generated - self.dropped_inconsistent
 
 
-def agreement(probability: Tensor, mask: Tensor) -> Tensor:
-    """Dice of the thresholded probabilities with the mask, an image; both (N, C, S, S) -> (N,)."""
-    found = (probability > 0.5).float()
+def agreement(found: Tensor, mask: Tensor) -> Tensor:
+    """Dice of the masks that were found with those painted, an image; both (N, C, S, S) -> (N,)."""
+    found = found.float()
     both = (found * mask).sum((1, 2, 3))
     return (2 * both + 1) / (found.sum((1, 2, 3)) + mask.sum((1, 2, 3)) + 1)
 
 
-def drop_inconsistent(transfer: TransferSet, keep_dice: float) -> Curated:
+def drop_inconsistent(transfer: TransferSet, keep_dice: float, exclusive: bool) -> Curated:
     """Drop the synthetic images on which the teacher does not find what they were painted from.
 
     Neither the images nor the masks come from the site's patients, so the filter looks at nobody. Without a
-    teacher nothing can be judged and everything is kept.
+    teacher nothing can be judged and everything is kept. ``exclusive`` as in `common.probability`.
     """
     generated = int(transfer.synthetic.sum())
     if transfer.logits is None:
         return Curated(transfer, generated, 0)
-    agrees = agreement(transfer.logits.float().sigmoid(), transfer.masks.nan_to_num()) >= keep_dice
+    found = masks_of(probabilities(transfer.logits.float(), exclusive), exclusive)
+    agrees = agreement(found, transfer.masks.nan_to_num()) >= keep_dice
     keep = agrees | ~transfer.synthetic
     return Curated(transfer.select(keep), generated, generated - int((keep & transfer.synthetic).sum()))
 

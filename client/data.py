@@ -23,6 +23,7 @@ from client.manifest_rows import Manifest, ManifestRow, read_manifest
 from client.patients import Patient, Sample, Split
 from client.splits import assign_splits
 from common.errors import DataError
+from common.probability import masks_of
 from common.recipe import ClassConfig, DataConfig
 
 Record = dict[str, Any]
@@ -151,15 +152,21 @@ class DecodeFilesd(Transform):  # type: ignore[misc]
                 raise DataError(f"{row.mask.name} holds NaN or infinite values: correct the mask.")
             if text := size_text(row, raster.pixels, labels) or label_text(row.mask, labels, self.classes):
                 raise DataError(text)
-            mask = torch.from_numpy(np.stack([labels == item.label for item in self.classes])).to(torch.uint8)
+            mask = torch.from_numpy(np.stack([np.isin(labels, item.values) for item in self.classes])).to(
+                torch.uint8
+            )
         return {**data, "image": image, "mask": mask, "spacing_mm": row.spacing_mm}
 
 
 class LongestSided(Transform):  # type: ignore[misc]
-    """Resize to a longest side in pixels; a mask keeps a pixel that is at least half covered."""
+    """Resize to a longest side in pixels; a mask keeps a pixel that is at least half covered.
 
-    def __init__(self, longest_side: int) -> None:
-        self.longest_side = longest_side
+    Of classes that exclude each other a pixel keeps the one that covers most of it, if no less of it is
+    covered by that class than by none.
+    """
+
+    def __init__(self, longest_side: int, exclusive: bool) -> None:
+        self.longest_side, self.exclusive = longest_side, exclusive
 
     def __call__(self, data: Record) -> Record:
         image, mask, spacing = data["image"], data["mask"], data["spacing_mm"]
@@ -169,7 +176,7 @@ class LongestSided(Transform):  # type: ignore[misc]
         if (height, width) == (stored_height, stored_width):
             return data
         if mask is not None:
-            mask = (resize(mask.float(), height, width) >= 0.5).to(torch.uint8)
+            mask = masks_of(resize(mask.float(), height, width), self.exclusive).to(torch.uint8)
         if spacing is not None:
             spacing = (spacing[0] * stored_height / height, spacing[1] * stored_width / width)
         return {**data, "image": resize(image, height, width), "mask": mask, "spacing_mm": spacing}
@@ -196,7 +203,7 @@ class StretchPercentilesd(Transform):  # type: ignore[misc]
 
 
 def _steps(data: DataConfig) -> list[Transform]:
-    resizing = [LongestSided(data.longest_side)] if data.longest_side else []
+    resizing = [LongestSided(data.longest_side, data.exclusive)] if data.longest_side else []
     return [DecodeFilesd(data.classes), *resizing, ValidPixelsd(data.field_of_view), StretchPercentilesd()]
 
 

@@ -8,7 +8,7 @@ this project trains a student, so that each ingredient can be credited on its ow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from client.patients import Patient
 from client.sampling import PatchSampler
 from client.students import UNetXS
 from common.plan import RunPlan
+from common.probability import logits_of, probabilities
 from common.recipe import SyntheticLabels
 from common.teacher import Teacher
 
@@ -61,7 +62,7 @@ class TransferSet:
     """Images to learn from beside the labelled ones, with everything the teacher said of them.
 
     ``images`` (N, 3, S, S); ``logits`` (N, C, S, S) float16 or None where no teacher is used; ``tokens``
-    (N, 96, S/8, S/8) and ``features`` (N, 32, S/2, S/2) float16; ``masks`` (N, C, S, S), NaN where there is
+    (N, T, h, w) and ``features`` (N, 32, S/2, S/2) float16; ``masks`` (N, C, S, S), NaN where there is
     none; ``synthetic`` (N,) bool.
     """
 
@@ -82,30 +83,33 @@ class TransferSet:
 
 
 @torch.inference_mode()
-def teacher_logits(teacher: Teacher, images: Tensor, views: int = 2) -> Tensor:
-    """Logits (N, C, S, S) of the mean probability over ``views`` (1, 2 or 4) mirrored views."""
+def teacher_logits(teacher: Teacher, images: Tensor, exclusive: bool, views: int = 2) -> Tensor:
+    """Logits (N, C, S, S) of the mean probability over ``views`` (1, 2 or 4) mirrored views.
+
+    ``exclusive``: what logits mean, see `common.probability`.
+    """
     global teacher_calls
     flips = [(), (3,), (2,), (2, 3)][:views]
     parts = []
     for part in images.split(16):
-        seen = [teacher(part.flip(flip)).logits.sigmoid().flip(flip) for flip in flips]
-        parts.append(torch.stack(seen).mean(0).clamp(1e-4, 1 - 1e-4).logit())
+        seen = [probabilities(teacher(part.flip(flip)).logits, exclusive).flip(flip) for flip in flips]
+        parts.append(logits_of(torch.stack(seen).mean(0), exclusive))
         teacher_calls += len(part) * len(flips)
     return torch.cat(parts)
 
 
 @torch.inference_mode()
-def label_with_teacher(teacher: Teacher, images: Tensor, masks: Tensor, synthetic: Tensor) -> TransferSet:
-    """Run the teacher over the set once and keep what the student is aligned with."""
+def label_with_teacher(teacher: Teacher, unlabelled: TransferSet, exclusive: bool) -> TransferSet:
+    """``unlabelled`` with what the student is aligned with: the teacher runs over the set once."""
     global teacher_calls
     tokens, features = [], []
-    for part in images.split(16):
+    for part in unlabelled.images.split(16):
         output = teacher(part)
         tokens.append(output.tokens.half())
         features.append(output.feature.half())
         teacher_calls += len(part)
-    logits = teacher_logits(teacher, images).half()
-    return TransferSet(images, masks, synthetic, logits, torch.cat(tokens), torch.cat(features))
+    logits = teacher_logits(teacher, unlabelled.images, exclusive).half()
+    return replace(unlabelled, logits=logits, tokens=torch.cat(tokens), features=torch.cat(features))
 
 
 def real_crops(patients: Sequence[Patient], plan: RunPlan, seed: int) -> tuple[Tensor, Tensor]:
@@ -121,7 +125,10 @@ def real_crops(patients: Sequence[Patient], plan: RunPlan, seed: int) -> tuple[T
 
 
 def assemble_transfer_set(
-    real: tuple[Tensor, Tensor] | None, synthetic: SyntheticSet | None, teacher: Teacher | None
+    real: tuple[Tensor, Tensor] | None,
+    synthetic: SyntheticSet | None,
+    teacher: Teacher | None,
+    exclusive: bool,
 ) -> TransferSet | None:
     """Join real crops and synthetic images and label both; without a teacher only masked ones are usable."""
     images, masks, flags = [], [], []
@@ -135,17 +142,24 @@ def assemble_transfer_set(
         flags.append(torch.ones(len(synthetic), dtype=torch.bool))
     if not images:
         return None
-    joined = torch.cat(images), torch.cat(masks), torch.cat(flags)
-    return TransferSet(*joined) if teacher is None else label_with_teacher(teacher, *joined)
+    joined = TransferSet(torch.cat(images), torch.cat(masks), torch.cat(flags))
+    return joined if teacher is None else label_with_teacher(teacher, joined, exclusive)
 
 
 class _Alignment(nn.Module):
     """1 x 1 projections of the student's features to the teacher's width; thrown away after training."""
 
-    def __init__(self, student: UNetXS, tokens: int, features: int) -> None:
+    def __init__(self, student: UNetXS, tokens: Tensor, features: Tensor) -> None:
         super().__init__()
-        self.deep = nn.Conv2d(student.deep_channels, tokens, 1)
-        self.late = nn.Conv2d(student.late_channels, features, 1)
+        self.deep = nn.Conv2d(student.deep_channels, tokens.shape[1], 1)
+        self.late = nn.Conv2d(student.late_channels, features.shape[1], 1)
+
+
+def _alignment(student: UNetXS, transfer: TransferSet | None) -> _Alignment | None:
+    """For the channels that the teacher of ``transfer`` has; None where no teacher said anything."""
+    if transfer is None or transfer.tokens is None or transfer.features is None:
+        return None
+    return _Alignment(student, transfer.tokens, transfer.features)
 
 
 def distil(
@@ -167,11 +181,13 @@ def distil(
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
-        aligned = _Alignment(student, 96, 32)
+        aligned = _alignment(student, transfer)
 
     def loss_at() -> Tensor:
         batch = sampler.batch(settings.batch_size)
-        loss = settings.supervised_weight * segmentation_loss(student(batch.images), batch.masks)
+        loss = settings.supervised_weight * segmentation_loss(
+            student(batch.images), batch.masks, plan.data.exclusive
+        )
         if transfer is not None:
             chosen = _draw(transfer, settings.transfer_batch_size, settings.synthetic_share, rng)
             loss = loss + _transfer_loss(student, aligned, transfer, chosen, plan, rng)
@@ -179,7 +195,7 @@ def distil(
 
     student.train()
     schedule = Schedule(settings.learning_rate, settings.steps, warm_up=10)
-    parameters = [*student.parameters(), *aligned.parameters()]
+    parameters = [*student.parameters(), *([] if aligned is None else aligned.parameters())]
     losses = fit(parameters, schedule, loss_at, deadline, "distilling the student")
     student.eval()
     return losses
@@ -198,13 +214,13 @@ def _draw(transfer: TransferSet, count: int, share: float, rng: np.random.Genera
 
 def _transfer_loss(
     student: UNetXS,
-    aligned: _Alignment,
+    aligned: _Alignment | None,
     transfer: TransferSet,
     chosen: Tensor,
     plan: RunPlan,
     rng: np.random.Generator,
 ) -> Tensor:
-    settings = plan.student
+    settings, exclusive = plan.student, plan.data.exclusive
     flips = [axis for axis in (2, 3) if rng.random() < 0.5]
     turn = bool(rng.random() < 0.5)
 
@@ -217,13 +233,14 @@ def _transfer_loss(
     output = student.outputs(image**gamma)
     masks = view(transfer.masks)
     if transfer.logits is None or transfer.tokens is None or transfer.features is None:
-        return settings.supervised_weight * segmentation_loss(output.logits, masks)
+        return settings.supervised_weight * segmentation_loss(output.logits, masks, exclusive)
     logits = view(transfer.logits)
+    targets = _targets(logits, masks, transfer.synthetic[chosen], plan)
     loss = settings.logit_weight * (
-        softened_logit_loss(output.logits, logits, settings.temperature)
-        + soft_dice_loss(output.logits.sigmoid(), _targets(logits, masks, transfer.synthetic[chosen], plan))
+        softened_logit_loss(output.logits, logits, settings.temperature, exclusive)
+        + soft_dice_loss(probabilities(output.logits, exclusive), targets)
     )
-    if settings.feature_weight:
+    if settings.feature_weight and aligned is not None:
         deep, late = aligned.deep(output.deep), aligned.late(output.late)
         tokens = F.interpolate(view(transfer.tokens), deep.shape[-2:], mode="bilinear", align_corners=False)
         both = feature_loss(deep, tokens) + feature_loss(late, view(transfer.features))
@@ -233,7 +250,7 @@ def _transfer_loss(
 
 def _targets(logits: Tensor, masks: Tensor, synthetic: Tensor, plan: RunPlan) -> Tensor:
     """The teacher's probabilities, or on synthetic images the conditioning mask, or their mean."""
-    soft = logits.sigmoid()
+    soft = probabilities(logits, plan.data.exclusive)
     kind = plan.student.synthetic_labels
     if kind == SyntheticLabels.soft:
         return soft

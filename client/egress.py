@@ -20,7 +20,8 @@ import torch
 from common.adapter import AdapterUpdate
 from common.canonical import canonical_json, sha256_of
 from common.errors import ArtefactError
-from common.plan import PayloadSpec, RunPlan, Stage
+from common.plan import PayloadSpec, RunPlan, Stage, Variant
+from common.presets import GENERATOR
 
 RECEIPTS = "receipts.jsonl"
 MAX_TEXT = 200  # characters: room for a name or a reason, not for data
@@ -51,12 +52,17 @@ class Receipt:
 
 
 class Egress:
-    """The exit of ``site`` for one plan; receipts go to ``folder``."""
+    """The exit of ``site`` for one plan; receipts go to ``folder``.
 
-    def __init__(self, site: str, folder: Path, plan: RunPlan) -> None:
+    Args:
+        variant: of the plan's, the one that the site agreed to train; None: the first.
+    """
+
+    def __init__(self, site: str, folder: Path, plan: RunPlan, variant: Variant | None = None) -> None:
         self.site = site
         self.receipts = folder / RECEIPTS
         self.plan = plan
+        self.variant = variant or plan.variants[0]
 
     def release_update(self, stage: Stage, round_index: int, update: AdapterUpdate) -> AdapterUpdate:
         """``update``, checked and on two receipts: the adapter and the numbers beside it.
@@ -74,6 +80,8 @@ class Egress:
         faults = _tensor_faults(spec, update) + _number_faults(spec, numbers, "")
         if update.adapter.base_sha256 not in self.plan.models.values():
             faults.append("the adapter belongs to no model of the plan")
+        if (update.adapter.preset, update.adapter.rank) != self._agreed(stage):
+            faults.append("the adapter is of another preset or rank than the site agreed to")
         size = sum(tensor.nbytes for tensor in update.adapter.tensors.values())
         self._refuse(stage, faults, spec, size + (0 if faults else _json_bytes(numbers)))
         digest = update.adapter.digest
@@ -101,8 +109,14 @@ class Egress:
         self._write_numbers(stage, round_index, name, payload)
         return payload
 
+    def _agreed(self, stage: Stage) -> tuple[str, int]:
+        """Preset and rank of what the site trains in ``stage``."""
+        if stage is Stage.adapt:
+            return self.variant.preset, self.variant.rank
+        return GENERATOR, self.plan.generator.rank
+
     def _spec(self, stage: Stage) -> PayloadSpec:
-        spec = self.plan.payload(stage)
+        spec = self.variant.payload if stage is Stage.adapt else self.plan.payload(stage)
         if spec is None:
             raise EgressRefusal(f"the plan names no payload for stage {stage}, so nothing leaves {self.site}")
         return spec

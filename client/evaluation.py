@@ -24,10 +24,11 @@ from common.metrics import (
     case_metrics,
     patient_value,
 )
-from common.recipe import ClassConfig, EvaluationConfig, PolicyConfig
+from common.probability import masks_of, probabilities
+from common.recipe import DataConfig, EvaluationConfig, PolicyConfig
 from common.seeding import derive_seed
 
-THRESHOLD = 0.5  # a pixel of at least this probability belongs to the class
+THRESHOLD = 0.5  # a pixel of at least this probability belongs to the class; see `masks_of`
 TILES_AT_ONCE = 8
 
 Forward = Callable[[Tensor], Tensor]
@@ -35,33 +36,34 @@ PatientValues = Mapping[str, Mapping[str, FloatArray]]
 
 
 @torch.inference_mode()
-def predict(forward: Forward, image: Tensor, size: int, overlap: float) -> Tensor:
+def predict(forward: Forward, image: Tensor, data: DataConfig, overlap: float) -> Tensor:
     """Probabilities of a whole image, from overlapping tiles blended with Gaussian weights.
 
     Args:
-        forward: tiles (B, 3, size, size) -> logits (B, C, size, size), one sigmoid a class.
+        forward: tiles (B, 3, S, S) -> logits (B, C, S, S).
         image: (3, H, W) of any size; a side shorter than a tile is reflected to its length.
-        size: side of a tile, pixels.
+        data: S is its ``image_size``; ``exclusive`` says what the logits mean.
         overlap: share of a tile that neighbours share, 0 to below 1.
 
     Returns:
         (C, H, W) float32 in [0, 1].
     """
+    size = data.image_size
     height, width = image.shape[1:]
     rows, top = _reflected(height, size)
     columns, left = _reflected(width, size)
     padded = image[:, rows][:, :, columns]
-    probabilities = sliding_window_inference(
+    blended = sliding_window_inference(
         padded[None],
         roi_size=(size, size),
         sw_batch_size=TILES_AT_ONCE,
         # Probabilities are blended, not logits: one over-confident tile cannot outvote its neighbours.
-        predictor=lambda tiles: forward(tiles).float().sigmoid(),
+        predictor=lambda tiles: probabilities(forward(tiles).float(), data.exclusive),
         overlap=overlap,
         mode="gaussian",
     )
-    assert isinstance(probabilities, Tensor)
-    return probabilities[0, :, top : top + height, left : left + width].clamp(0.0, 1.0)
+    assert isinstance(blended, Tensor)
+    return blended[0, :, top : top + height, left : left + width].clamp(0.0, 1.0)
 
 
 def _reflected(length: int, wanted: int) -> tuple[Tensor, int]:
@@ -75,41 +77,41 @@ def _reflected(length: int, wanted: int) -> tuple[Tensor, int]:
     return torch.from_numpy(indices), before
 
 
-def foreground(forward: Forward, sample: Sample, size: int, overlap: float) -> Tensor:
+def foreground(forward: Forward, sample: Sample, data: DataConfig, overlap: float) -> Tensor:
     """(C, H, W) bool: the predicted masks of one image; nothing outside the field of view."""
-    return (predict(forward, sample.image, size, overlap) >= THRESHOLD) & sample.valid
+    found = predict(forward, sample.image, data, overlap)
+    return masks_of(found, data.exclusive, THRESHOLD) & sample.valid
 
 
 def evaluate_patients(
     forward: Forward,
     patients: Sequence[Patient],
-    classes: Sequence[ClassConfig],
-    size: int,
+    data: DataConfig,
     config: EvaluationConfig,
 ) -> dict[str, dict[str, FloatArray]]:
     """Metric -> class name -> one value a labelled patient, in the order given. Stays at the site.
 
     Unlabelled images and patients are left out. NaN where a patient has no defined value; see
-    `common.metrics` for the convention. ``forward`` and ``size`` as for `predict`.
+    `common.metrics` for the convention. ``forward`` and ``data`` as for `predict`.
     """
     labelled = [patient for patient in patients if patient.labelled]
-    cases = [_patient_cases(forward, patient, size, config) for patient in labelled]
+    cases = [_patient_cases(forward, patient, data, config) for patient in labelled]
     return {
         metric: {
             item.name: np.array([patient_value([image[c] for image in images], metric) for images in cases])
-            for c, item in enumerate(classes)
+            for c, item in enumerate(data.classes)
         }
         for metric in METRICS
     }
 
 
 def _patient_cases(
-    forward: Forward, patient: Patient, size: int, config: EvaluationConfig
+    forward: Forward, patient: Patient, data: DataConfig, config: EvaluationConfig
 ) -> list[list[CaseMetrics]]:
     """For each labelled image of the patient, one entry a class."""
     return [
         case_metrics(
-            foreground(forward, sample, size, config.overlap),
+            foreground(forward, sample, data, config.overlap),
             sample.mask.bool(),
             sample.spacing_mm,
             config.nsd_tolerance,

@@ -60,7 +60,10 @@ def synthesise(
     planes = torch.zeros(count, len(classes), size, size)
     for index, item in enumerate(classes):
         mine = np.arange(index, count, len(classes))
-        planes[mine, index] = torch.from_numpy(masks_for(styles[mine], item, size, rng)).float()
+        painted = torch.from_numpy(masks_for(styles[mine], item, size, rng)).float()
+        # What is a part of another class (its label values are among the other's) is that class as well.
+        holders = [place for place, other in enumerate(classes) if set(item.values) <= set(other.values)]
+        planes[mine[:, None], holders] = painted[:, None]
     noise = torch.Generator().manual_seed(seed % 2**63)
     images = []
     with generator.visit(adapter) as network, torch.inference_mode():

@@ -40,13 +40,14 @@ class Guard:
         answer = PlanAnswer(self.site.name, True, plan.digest)
         try:
             self._check_policy(plan)
+            variant = self.site.variant(plan)
+            answer = replace(answer, preset=variant.preset, rank=variant.rank)
             self._labelled(plan)  # a site that cannot read its data says so now, not in the middle
             self.site.accept(plan)
         except PolicyRefusal as refusal:
-            answer = replace(answer, agrees=False, code=refusal.border_code, field=refusal.field)
-        return PlanAnswer(
-            **self._egress(plan).release_numbers(order.stage, order.index, "answer", asdict(answer))
-        )
+            answer = PlanAnswer(self.site.name, False, plan.digest, refusal.border_code, refusal.field)
+        egress = Egress(self.site.name, self.site.folder, plan)  # of no variant: it may have found none
+        return PlanAnswer(**egress.release_numbers(order.stage, order.index, "answer", asdict(answer)))
 
     def adapt(self, order: Round, adapter: Adapter) -> AdapterUpdate:
         plan = self.site.accepted_plan(order.plan_sha256)
@@ -97,7 +98,8 @@ class Guard:
             raise PolicyRefusal("this site shares no style summary", field="allow_style")
         if Stage.generator in plan.stages and not policy.allow_generator:
             raise PolicyRefusal("this site trains no generator for others", field="allow_generator")
-        largest = max((payload.max_bytes for payload in plan.payloads), default=0)
+        payloads = [*plan.payloads, self.site.variant(plan).payload]
+        largest = max(payload.max_bytes for payload in payloads)
         if largest > policy.max_payload_mb * 2**20:
             raise PolicyRefusal(f"a payload of {largest} bytes is asked for", field="max_payload_mb")
         for name, digest in plan.models.items():
@@ -118,13 +120,13 @@ class Guard:
         return labelled
 
     def _egress(self, plan: RunPlan) -> Egress:
-        return Egress(self.site.name, self.site.folder, plan)
+        return Egress(self.site.name, self.site.folder, plan, self.site.variant(plan))
 
     def _release_update(
         self, plan: RunPlan, order: Round, sent: Adapter, trained: workshop.Adaptation, patients: int
     ) -> AdapterUpdate:
         update = AdapterUpdate(
-            adapter=trained.adapter,
+            adapter=trained.adapter.trained(),
             weight=float(min(patients, self.site.policy.max_weight)),
             started_from=sent.digest,
             losses=trained.losses,

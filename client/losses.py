@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from common.probability import background, beside_background, excludes, probabilities
 
 
 def soft_dice_loss(probability: Tensor, target: Tensor) -> Tensor:
@@ -16,16 +19,30 @@ def soft_dice_loss(probability: Tensor, target: Tensor) -> Tensor:
     return (1 - (2 * both + 1) / (total + 1)).mean()
 
 
-def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy plus Dice against labels or probabilities; both (B, C, S, S), classes independent."""
-    return F.binary_cross_entropy_with_logits(logits, target) + soft_dice_loss(logits.sigmoid(), target)
+def segmentation_loss(logits: Tensor, target: Tensor, exclusive: bool) -> Tensor:
+    """Cross-entropy plus Dice against labels or probabilities; both (B, C, S, S).
 
-
-def softened_logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of the softened outputs (Hinton et al. 2015), for independent classes.
-
-    Both arguments are logits (B, C, S, S). Zero when they are equal.
+    ``exclusive``: classes exclude each other, as in `common.probability`; the targets of a pixel then sum
+    to at most 1. The cross-entropy is a mean over pixels; for independent classes, over pixels and classes.
     """
+    if excludes(logits, exclusive):
+        shares = torch.cat([background(target), target], 1)
+        cross = F.cross_entropy(beside_background(logits), shares)
+    else:
+        cross = F.binary_cross_entropy_with_logits(logits, target)
+    return cross + soft_dice_loss(probabilities(logits, exclusive), target)
+
+
+def softened_logit_loss(student: Tensor, teacher: Tensor, temperature: float, exclusive: bool) -> Tensor:
+    """T^2 KL(teacher || student) of the softened outputs (Hinton et al. 2015).
+
+    Both are logits (B, C, S, S); ``exclusive`` and the mean as in `segmentation_loss`. Zero when equal.
+    """
+    if excludes(teacher, exclusive):
+        given, wanted = (
+            F.log_softmax(beside_background(logits) / temperature, 1) for logits in (student, teacher)
+        )
+        return temperature**2 * F.kl_div(given, wanted, reduction="none", log_target=True).sum(1).mean()
     target = (teacher / temperature).sigmoid()
     cross = F.binary_cross_entropy_with_logits(student / temperature, target)
     own = F.binary_cross_entropy_with_logits(teacher / temperature, target)

@@ -131,7 +131,7 @@ def _foreground_shares(
             mask = read_mask(row.mask)
             pixels += mask.size
             for item in classes:
-                inside[item.name] += int(np.sum(mask == item.label))
+                inside[item.name] += int(np.sum(np.isin(mask, item.values)))
     return {name: round(count / pixels, 5) if pixels else None for name, count in inside.items()}
 
 
@@ -145,12 +145,12 @@ def size_text(row: ManifestRow, image: Array, mask: Array) -> str:
 
 def label_text(path: Path, mask: Array, classes: Sequence[ClassConfig]) -> str:
     """What is wrong if an (H, W) mask has values that are neither 0 nor a class's label, else nothing."""
-    known = {0.0, *(float(item.label) for item in classes)}
+    known = {0.0, *(float(value) for item in classes for value in item.values)}
     unknown = [value for value in np.unique(mask[np.isfinite(mask)]).tolist() if value not in known]
     if not unknown:
         return ""
     shown = ", ".join(f"{value:g}" for value in unknown[:8]) + (" ..." if len(unknown) > 8 else "")
-    declared = ", ".join(f"{item.label} = {item.name}" for item in classes)
+    declared = ", ".join(f"{'/'.join(map(str, item.values))} = {item.name}" for item in classes)
     text = f"mask {path.name} has undeclared labels {shown} (declared: 0, {declared})"
     return f"{text}: declare them in data.classes or correct the mask."
 

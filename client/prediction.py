@@ -24,7 +24,8 @@ from client.patients import Split, of_split
 from client.students import LoadedStudent, load_student
 from common.errors import DataError, UsageError
 from common.guard_api import Metric
-from common.recipe import ClassConfig, EvaluationConfig, PolicyConfig
+from common.probability import masks_of
+from common.recipe import ClassConfig, DataConfig, EvaluationConfig, PolicyConfig
 
 OVERLAYS = "overlays"
 OUTLINE_COLOURS = ((255, 64, 64), (64, 200, 255), (255, 210, 0), (90, 230, 90), (230, 110, 255))
@@ -46,7 +47,7 @@ def predict_folder(
 ) -> PredictionSummary:
     """Segment every image of a folder; one 8-bit PNG each, of the image's own size, in ``out``.
 
-    A pixel gets the label of its most probable class if that has at least ``threshold``, else 0. A mask is
+    `label_image` says which label a pixel gets, 0 if no class has enough probability. A mask is
     named after its image (``a.jpg`` -> ``a.png``), or after the whole file name where two images share a
     stem. With ``overlay``, ``out/overlays`` has the images with the masks' outlines.
 
@@ -95,17 +96,24 @@ def _mask_names(files: list[Path]) -> dict[Path, str]:
 
 def _segment(student: LoadedStudent, path: Path, raster: Raster, threshold: float) -> Labels:
     """(H, W) label values in the size of the stored image."""
-    sample = load_image(path, student.card.data_config())
-    probabilities = predict(student.module, sample.image, student.card.image_size, EvaluationConfig().overlap)
-    probabilities = probabilities * sample.valid
-    return label_image(resize(probabilities, *raster.pixels.shape[1:]), student.card.classes, threshold)
+    data = student.card.data_config()
+    sample = load_image(path, data)
+    probability = predict(student.module, sample.image, data, EvaluationConfig().overlap) * sample.valid
+    return label_image(resize(probability, *raster.pixels.shape[1:]), data, threshold)
 
 
-def label_image(probabilities: Tensor, classes: list[ClassConfig], threshold: float) -> Labels:
-    """(C, H, W) probabilities -> (H, W) label values: the most probable class of at least ``threshold``."""
-    best, index = probabilities.max(dim=0)
-    values = torch.tensor([item.label for item in classes], dtype=torch.uint8)
-    labels: Labels = torch.where(best >= threshold, values[index], 0).to(torch.uint8).numpy()
+def label_image(probability: Tensor, data: DataConfig, threshold: float) -> Labels:
+    """(C, H, W) probabilities -> (H, W) label values, 0 where `masks_of` finds no class.
+
+    Where it finds several, one label has to stand for them: that of the innermost class (the fewest label
+    values: a medulla within its kidney), and among equals of the most probable.
+    """
+    found = masks_of(probability, data.exclusive, threshold)
+    breadth = torch.tensor([len(item.values) for item in data.classes])[:, None, None]
+    outer = found & (breadth > torch.where(found, breadth, breadth.max()).amin(0))
+    _, index = torch.where(found & ~outer, probability, -1.0).max(dim=0)
+    values = torch.tensor([item.label for item in data.classes], dtype=torch.uint8)
+    labels: Labels = torch.where(found.any(0), values[index], 0).to(torch.uint8).numpy()
     return labels
 
 
@@ -115,7 +123,7 @@ def _outlined(raster: Raster, labels: Labels, classes: list[ClassConfig]) -> Lab
     pixels = np.broadcast_to(grey_or_colour, (3, *labels.shape)).transpose(1, 2, 0)
     drawn: Labels = (pixels * 255).round().astype(np.uint8)
     for number, item in enumerate(classes):
-        mask = labels == item.label
+        mask = np.isin(labels, item.values)
         drawn[mask & ~ndimage.binary_erosion(mask)] = OUTLINE_COLOURS[number % len(OUTLINE_COLOURS)]
     return drawn
 
@@ -151,13 +159,14 @@ def evaluate_manifest(student: Path, manifest: Path) -> list[Metric]:
     """
     loaded = load_student(student)
     listed = read_manifest(manifest)
-    patients = load_patients(manifest, loaded.card.data_config(), EVALUATION_SEED)
+    data = loaded.card.data_config()
+    patients = load_patients(manifest, data, EVALUATION_SEED)
     if listed.has_splits:
         patients = of_split(patients, Split.test)
     if not any(patient.labelled for patient in patients):
         where = "in its test split" if listed.has_splits else "in it"
         raise DataError(f"{manifest} has no labelled image {where}: nothing can be measured")
     config = EvaluationConfig()
-    values = evaluate_patients(loaded.module, patients, loaded.card.classes, loaded.card.image_size, config)
+    values = evaluate_patients(loaded.module, patients, data, config)
     everything = PolicyConfig(min_cell_patients=1)
     return release_metrics(loaded.card.model, values, config, everything, EVALUATION_SEED)

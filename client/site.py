@@ -12,8 +12,9 @@ from client.patients import Patient
 from common.canonical import canonical_json
 from common.config import load_site
 from common.errors import DataError, PolicyRefusal
-from common.plan import RunPlan, rebuild
-from common.recipe import DataConfig, PolicyConfig
+from common.plan import RunPlan, Variant, rebuild
+from common.presets import rank_of, site_teacher
+from common.recipe import DataConfig, PolicyConfig, TeacherConfig
 from common.seeding import derive_seed
 
 
@@ -26,12 +27,31 @@ class Site:
     manifest: Path
     student: str | None
     policy: PolicyConfig
+    adapter: str | None = None
+    rank: int | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Site:
         """Raises ``ConfigError`` listing every fault of ``site.yaml``."""
         given = load_site(folder / "site.yaml")
-        return cls(given.name, folder, folder / given.manifest, given.student, given.policy)
+        manifest = folder / given.manifest
+        return cls(given.name, folder, manifest, given.student, given.policy, given.adapter, given.rank)
+
+    def teacher(self, plan: RunPlan) -> TeacherConfig:
+        """The settings by which this site trains: the plan's, with the site's own adapter and rank."""
+        return site_teacher(plan.teacher, self.adapter, self.rank)
+
+    def variant(self, plan: RunPlan) -> Variant:
+        """The variant that this site trains. Raises ``PolicyRefusal`` if the plan lists none such."""
+        settings = self.teacher(plan)
+        found = plan.variant(settings.adapter, rank_of(settings))
+        if found is None:
+            raise PolicyRefusal(
+                f"this site trains {settings.adapter} of rank {rank_of(settings)}, which the plan does not "
+                "list: change site.yaml, or ask for it in the recipe (sites.NAME.adapter, sites.NAME.rank)",
+                field="adapter",
+            )
+        return found
 
     def patients(self, data: DataConfig, seed: int) -> list[Patient]:
         """The site's patients as the plan reads them, loaded once a process. Raises ``DataError``."""

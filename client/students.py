@@ -102,12 +102,14 @@ class StudentCard:
     sha256: str
     run_id: str
     model: str  # student, or the baseline's name
+    exclusive: bool = False  # what its logits mean: see `common.probability`
 
     def data_config(self) -> DataConfig:
         return DataConfig(
             image_size=self.image_size,
             longest_side=self.longest_side,
             classes=self.classes,
+            exclusive=self.exclusive,
             field_of_view=self.field_of_view,
         )
 
@@ -130,6 +132,7 @@ def save_student(
         image_size=data.image_size,
         longest_side=data.longest_side,
         field_of_view=data.field_of_view,
+        exclusive=data.exclusive,
         params=sum(parameter.numel() for parameter in student.parameters()),
         sha256=sha256_of_file(path),
         **about,

@@ -19,13 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from client.adaptation import Adaptation, adapt
+from client.adaptation import Adaptation, Visit, adapt
 from client.curation import Curated, drop_inconsistent, synthetic_part
 from client.deadline import Deadline
 from client.distillation import VARIANTS, TransferSet, assemble_transfer_set, distil, real_crops
-from client.evaluation import evaluate_patients, release_metrics
+from client.evaluation import THRESHOLD, evaluate_patients, release_metrics
 from client.generation import SyntheticSet, fine_tune, synthesise
 from client.patients import Patient
+from client.prediction import label_image
+from client.prefix_cache import PrefixCache
 from client.site import Site
 from client.students import build_student, load_student, save_student
 from client.style import summarise_style
@@ -36,7 +38,7 @@ from common.guard_api import Metric, StudentNote
 from common.plan import Round, RunPlan
 from common.recipe import GeneratorScope
 from common.style import StyleSummary
-from common.teacher import Teacher, initial_adapter, resident_teacher
+from common.teacher import ResidentTeacher, Teacher, initial_adapter, resident_teacher, teacher_for
 
 LOCAL_TEACHER = "local_teacher"  # the baseline that is a teacher: this site's alone, same steps
 Forward = Callable[[Tensor], Tensor]
@@ -46,8 +48,9 @@ def adapt_teacher(
     site: Site, plan: RunPlan, adapter: Adapter, train: Sequence[Patient], order: Round
 ) -> Adaptation:
     seed = site.draw_seed(plan, "adapt", order.index)
-    teacher = resident_teacher(plan.teacher, plan.data)
-    return adapt(teacher, adapter, train, plan, (order.index, seed), Deadline(order.deadline_s))
+    teacher = resident_teacher(site.teacher(plan), plan.data)
+    visit = Visit(order.index, seed, site.folder)
+    return adapt(teacher, adapter, train, plan, visit, Deadline(order.deadline_s))
 
 
 def adapt_generator(
@@ -74,7 +77,16 @@ class Workshop:
     deadline: Deadline
 
     def run(self) -> StudentNote:
-        """Train the student and the recipe's baselines; the note says sizes and counts, no weights."""
+        """Train the student and the recipe's baselines; the note says sizes and counts, no weights.
+
+        Guarantee: no frozen prefix is left in the site's folder afterwards, whatever happened.
+        """
+        try:
+            return self._train_all()
+        finally:
+            PrefixCache(self.site.folder).forget()
+
+    def _train_all(self) -> StudentNote:
         names = ["student", *(name for name in self.plan.baselines if name in VARIANTS)]
         curated = self._curated("federated", "all")
         for name in names:
@@ -86,6 +98,10 @@ class Workshop:
         if curated is not None and curated.generated:
             save_synthetic(synthetic_part(curated.transfer), self.site.folder / "synthetic", self.plan)
         return self._note(curated)
+
+    @property
+    def _teacher(self) -> ResidentTeacher:
+        return resident_teacher(self.site.teacher(self.plan), self.plan.data)
 
     def _train(self, name: str, curated: Curated | None) -> None:
         variant, kind = VARIANTS[name], self.site.student or self.plan.student.name
@@ -107,12 +123,16 @@ class Workshop:
         """The transfer set of one variant, labelled by its teacher, without inconsistent images."""
         synthetic = None if styles is None else self._synthetic(styles)
         if teacher is None:
-            transfer = assemble_transfer_set(None, synthetic, None)
+            transfer = assemble_transfer_set(None, synthetic, None, self.plan.data.exclusive)
         else:
             adapter = self.adapter if teacher == "federated" else self.local_adapter
-            with resident_teacher(self.plan.teacher, self.plan.data).visit(adapter) as network:
-                transfer = assemble_transfer_set(self._real, synthetic, network)
-        return None if transfer is None else drop_inconsistent(transfer, self.plan.generator.keep_dice)
+            with self._teacher.visit(adapter) as network:
+                transfer = assemble_transfer_set(self._real, synthetic, network, self.plan.data.exclusive)
+        return (
+            None
+            if transfer is None
+            else drop_inconsistent(transfer, self.plan.generator.keep_dice, self.plan.data.exclusive)
+        )
 
     @cached_property
     def _real(self) -> tuple[Tensor, Tensor]:
@@ -157,17 +177,16 @@ class Workshop:
     @cached_property
     def local_adapter(self) -> Adapter:
         """A teacher of this site alone: the same start, steps and batches as in the federation."""
-        adapter = initial_adapter(self.plan.teacher, self.plan.data, self.plan.seed)
-        teacher = resident_teacher(self.plan.teacher, self.plan.data)
+        adapter = initial_adapter(self.site.teacher(self.plan), self.plan.data, self.plan.seed)
         for index in range(self.plan.rounds):
-            order = (index, self.site.draw_seed(self.plan, "adapt", index))
-            adapter = adapt(teacher, adapter, self._labelled, self.plan, order, self.deadline).adapter
+            visit = Visit(index, self.site.draw_seed(self.plan, "adapt", index), self.site.folder)
+            adapter = adapt(self._teacher, adapter, self._labelled, self.plan, visit, self.deadline).adapter
         return adapter
 
     def _note(self, curated: Curated | None) -> StudentNote:
         student = load_student(model_path(self.site, "student"))
         image = torch.zeros(1, 3, self.plan.data.image_size, self.plan.data.image_size)
-        with resident_teacher(self.plan.teacher, self.plan.data).visit(self.adapter) as network:
+        with self._teacher.visit(self.adapter) as network:
             teacher_ms = latency_ms(network, image)
         return StudentNote(
             site=self.site.name,
@@ -204,9 +223,7 @@ def save_synthetic(images: TransferSet, folder: Path, plan: RunPlan) -> None:
     for index, (image, mask) in enumerate(zip(images.images, images.masks, strict=True)):
         pixels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{index:04d}.png")
-        values = np.zeros(mask.shape[1:], np.uint8)
-        for plane, item in zip(mask.numpy(), plan.data.classes, strict=True):
-            values[plane > 0.5] = item.label
+        values = label_image(mask, plan.data, THRESHOLD)
         Image.fromarray(values).save(folder / f"{index:04d}_mask.png")
     provenance = {
         "images": len(images),
@@ -220,21 +237,26 @@ def save_synthetic(images: TransferSet, folder: Path, plan: RunPlan) -> None:
 
 @contextmanager
 def opened_models(site: Site, plan: RunPlan, adapter: Adapter) -> Iterator[dict[str, Callable[[], Forward]]]:
-    """Name -> a function that makes the model ready: the teachers share one network, so use one at a time."""
-    teacher = resident_teacher(plan.teacher, plan.data)
+    """Name -> a function that makes the model ready: teachers may share one network, so use one at a time.
 
-    def with_adapter(given: Adapter) -> Forward:
+    Raises ``ArtefactError``, when the model is made ready, for an adapter that is none of the plan's.
+    """
+
+    def with_adapter(teacher: ResidentTeacher, given: Adapter) -> Forward:
         teacher.slots.write(given)
         network: Teacher = teacher.network
         return lambda image: network(image).logits
 
-    ready: dict[str, Callable[[], Forward]] = {"teacher": lambda: with_adapter(adapter)}
+    own = resident_teacher(site.teacher(plan), plan.data)
+    ready: dict[str, Callable[[], Forward]] = {
+        "teacher": lambda: with_adapter(teacher_for(adapter, plan), adapter)
+    }
     for name in ("student", *plan.baselines):
         path = model_path(site, name)
         if not path.exists():
             continue
         if name == LOCAL_TEACHER:
-            ready[name] = lambda path=path: with_adapter(Adapter.load(path))
+            ready[name] = lambda path=path: with_adapter(own, Adapter.load(path))
         else:
             ready[name] = lambda path=path: load_student(path).module
     yield ready
@@ -249,8 +271,6 @@ def evaluate_models(
     with opened_models(site, plan, adapter) as models:
         for name, make_ready in models.items():
             deadline.check("evaluating")
-            values = evaluate_patients(
-                make_ready(), test, plan.data.classes, plan.data.image_size, plan.evaluation
-            )
+            values = evaluate_patients(make_ready(), test, plan.data, plan.evaluation)
             released += release_metrics(name, values, plan.evaluation, site.policy, seed)
     return released

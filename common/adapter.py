@@ -3,11 +3,12 @@
 Naming of tensors, which aggregation, screening and egress rely on:
 
 ``<layer>.lora_A`` (r, in) and ``<layer>.lora_B`` (out, r)
-    the trainable factors of a layer; its weight changes by ``lora_B @ lora_A`` (no further scaling).
+    the factors of a layer that a site trains; its weight changes by ``lora_B @ lora_A`` (no further
+    scaling). A preset may keep ``lora_A`` fixed: then it is sent down, and never up.
 ``<layer>.folded_A`` (f, in) and ``<layer>.folded_B`` (out, f)
-    factors that a site adds to its frozen base before training; sent down, never trained, never sent up.
+    factors that a site adds to its frozen base before training, on any layer; sent down, never up.
 anything else
-    a dense tensor that is trained and averaged as it is (the decoder, a head).
+    a dense tensor that is trained and averaged as it is (the decoder, a head, a bottleneck).
 
 A convolution's factors are those of its weight flattened to (out, in * kernel * kernel).
 """
@@ -25,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from common.errors import ArtefactError
+from common.presets import sends_a
 
 FACTOR_SUFFIXES = ("lora_A", "lora_B", "folded_A", "folded_B")
 
@@ -46,42 +48,52 @@ class Adapter:
     Attributes:
         tensors: name -> tensor, named as the module says. Never aliases of live parameters.
         base_sha256: digest of the base checkpoint that the tensors belong to.
-        rank: rank of the trainable factors.
+        rank: of the factors; 0 where there are none.
+        preset: which of the network's layers they belong to (`common.presets`).
     """
 
     tensors: Mapping[str, Tensor]
     base_sha256: str
     rank: int
+    preset: str
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the base's digest and every tensor."""
-        return hashlib.sha256(f"{self.base_sha256}|{tensors_digest(self.tensors)}".encode()).hexdigest()
+        """SHA-256 (hex) of the base's digest, the preset, the rank and every tensor."""
+        text = f"{self.base_sha256}|{self.preset}|{self.rank}|{tensors_digest(self.tensors)}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def elements(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
     def layers(self) -> list[str]:
-        """The layers that carry trainable factors, in order."""
-        return sorted(name.removesuffix(".lora_A") for name in self.tensors if name.endswith(".lora_A"))
+        """The layers that carry factors which a site trains, in order."""
+        return sorted(name.removesuffix(".lora_B") for name in self.tensors if name.endswith(".lora_B"))
+
+    def folded_layers(self) -> list[str]:
+        """The layers that carry folded factors, in order."""
+        return sorted({name.rpartition(".")[0] for name in self.tensors if ".folded_" in name})
 
     def trained(self) -> Adapter:
-        """Without the folded factors: what a site trains and sends up."""
-        kept = {name: tensor for name, tensor in self.tensors.items() if ".folded_" not in name}
-        return replace(self, tensors=kept)
+        """What a site trains and sends up: no folded factor, and no A where the preset keeps it fixed."""
+        left = (".folded_A", ".folded_B") if sends_a(self.preset) else (".folded_A", ".folded_B", ".lora_A")
+        return replace(self, tensors={k: v for k, v in self.tensors.items() if not k.endswith(left)})
 
     def change(self, layer: str) -> Tensor:
-        """The whole change of ``layer``'s weight (out, in): trainable and folded factors together."""
-        total = self.tensors[f"{layer}.lora_B"] @ self.tensors[f"{layer}.lora_A"]
-        if f"{layer}.folded_A" in self.tensors:
-            total = total + self.tensors[f"{layer}.folded_B"] @ self.tensors[f"{layer}.folded_A"]
-        return total
+        """The whole change of ``layer``'s weight (out, in): trained and folded factors together."""
+        parts = [
+            self.tensors[f"{layer}.{kind}_B"] @ self.tensors[f"{layer}.{kind}_A"]
+            for kind in ("lora", "folded")
+            if f"{layer}.{kind}_A" in self.tensors
+        ]
+        return torch.stack(parts).sum(0)
 
     def to_bytes(self) -> bytes:
         """The adapter as a safetensors file, which `load` reads."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        return save(tensors, metadata={"base_sha256": self.base_sha256, "rank": str(self.rank)})
+        about = {"base_sha256": self.base_sha256, "rank": str(self.rank), "preset": self.preset}
+        return save(tensors, metadata=about)
 
     def save(self, path: Path) -> None:
         path.write_bytes(self.to_bytes())
@@ -93,7 +105,7 @@ class Adapter:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            return cls(tensors, metadata["base_sha256"], int(metadata["rank"]))
+            return cls(tensors, metadata["base_sha256"], int(metadata["rank"]), metadata["preset"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ArtefactError(f"{path} is not a Wardround adapter: {error}") from error
 
@@ -103,7 +115,7 @@ class AdapterUpdate:
     """What leaves a site after training: its trained tensors and how to weigh them.
 
     Attributes:
-        adapter: trained factors and dense tensors; no folded factors.
+        adapter: what the site trained (`Adapter.trained`).
         weight: declared patient count, capped by the site's policy.
         started_from: digest of the adapter that the site was sent.
         mechanism: the differential-privacy event behind it, or "none".

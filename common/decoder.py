@@ -80,7 +80,8 @@ class MaskDecoder(nn.Module):
         low = self.low(coarse)  # (B, 48, S/4, S/4)
         deep = self.project(tokens)
         for lateral, join, tap in zip(reversed(self.laterals), self.joins, reversed(taps), strict=True):
-            deep = join(_meet(deep, lateral(tap)))
+            # Contiguous: torch's GroupNorm crashes in backward on a channels-last input without gradient.
+            deep = join(_meet(deep, lateral(tap.contiguous())))
         quarter = self.merge_quarter(_meet(self.context(deep), low))
         half = self.merge_half(_meet(quarter, coarse))
         logits: Tensor = self.head(self.merge_full(_meet(self.squeeze(half), fine)))

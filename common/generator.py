@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from common import checkpoints
 from common.adapter import Adapter
-from common.lora import AdapterSlots
+from common.presets import GENERATOR
 from common.recipe import GeneratorConfig
 from common.seeding import derive_seed
+from common.slots import AdapterSlots, SlotPlan
 from common.style import STYLE_BOUNDS, STYLE_FIELDS
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
@@ -117,7 +118,9 @@ class ResidentGenerator:
     def __init__(self, name: str, rank: int) -> None:
         global generators_built
         self.network = shipped_generator(name)
-        self.slots = AdapterSlots(self.network, TARGETS, rank, [], checkpoints.base_sha256(name))
+        layers = tuple(layer for layer, _ in self.network.named_modules() if layer.endswith(TARGETS))
+        plan = SlotPlan(checkpoints.base_sha256(name), GENERATOR, rank, layers)
+        self.slots = AdapterSlots(self.network, plan)
         self.network.eval()
         generators_built += 1
 

@@ -18,13 +18,20 @@ from common.style import StyleSummary
 
 @dataclass(frozen=True)
 class PlanAnswer:
-    """A site's word on a plan. ``code`` is empty when it agrees; it never depends on data."""
+    """A site's word on a plan; it never depends on data.
+
+    Attributes:
+        code: empty when it agrees; ``field`` is then empty too.
+        preset, rank: the plan's variant that the site will train; empty and 0 when it refuses.
+    """
 
     site: str
     agrees: bool
     plan_sha256: str
     code: str = ""
     field: str = ""
+    preset: str = ""
+    rank: int = 0
 
 
 @dataclass(frozen=True)

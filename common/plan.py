@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from common.canonical import canonical_json, sha256_of
 from common.errors import ArtefactError
 from common.recipe import (
+    AggregationConfig,
     DataConfig,
     EvaluationConfig,
     GeneratorConfig,
@@ -58,6 +59,15 @@ class PayloadSpec:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """One way in which a site may train the teacher: a preset at a rank, and exactly what then goes up."""
+
+    preset: str
+    rank: int
+    payload: PayloadSpec
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """The whole job, as every site is asked to agree to it.
 
@@ -66,7 +76,10 @@ class RunPlan:
         models: base model name -> SHA-256 of its weights.
         stages: in their order.
         data: how images are read; ``root`` is None, for where files lie is the site's own business.
-        payloads: what may leave a site, one entry a stage that sends anything.
+        payloads: what may leave a site, one entry a stage that sends anything; of stage adapt see
+            ``variants``.
+        variants: the adapters that sites may train in stage adapt, the recipe's own first. A site trains
+            one of them.
         baselines: models that each site trains beside its student, for comparison.
     """
 
@@ -77,8 +90,10 @@ class RunPlan:
     models: dict[str, str]
     stages: list[Stage]
     payloads: list[PayloadSpec]
+    variants: list[Variant]
     data: DataConfig
     teacher: TeacherConfig
+    aggregation: AggregationConfig
     generator: GeneratorConfig
     student: StudentConfig
     privacy: PrivacyConfig
@@ -93,7 +108,14 @@ class RunPlan:
         return sha256_of(asdict(self))
 
     def payload(self, stage: Stage) -> PayloadSpec | None:
+        """What may leave a site in ``stage``; of stage adapt, by the recipe's own variant."""
+        if stage is Stage.adapt:
+            return self.variants[0].payload
         return next((payload for payload in self.payloads if payload.stage == stage), None)
+
+    def variant(self, preset: str, rank: int) -> Variant | None:
+        """The variant of that name and rank, if a site may train it."""
+        return next((one for one in self.variants if (one.preset, one.rank) == (preset, rank)), None)
 
     @classmethod
     def from_json(cls, text: str) -> RunPlan:

@@ -13,7 +13,18 @@ from enum import StrEnum
 # Names that a recipe may use. The modules that build these things register the same names (a test
 # compares them); they stand here so that a recipe is checked without loading any of those modules.
 TEACHERS = ("ward-sam-tiny",)
-ADAPTER_PRESETS = ("base", "lite")
+ADAPTER_PRESETS = (
+    "base",
+    "lite",
+    "wide",
+    "dp",
+    "fused",
+    "last3",
+    "bottleneck",
+    "norm",
+    "decoder",
+    "full",
+)
 GENERATORS = ("ward-diffusion-tiny",)
 STUDENTS = ("unet-xs",)
 AGGREGATION_RULES = ("exact_split", "fedit")
@@ -46,6 +57,13 @@ class GeneratorScope(StrEnum):
     none = "none"  # no synthetic image
 
 
+class DecoderTraining(StrEnum):
+    full = "full"  # every weight of the decoder travels
+    lora = "lora"  # factors on its convolutions, and the head as it is
+    head = "head"  # the last layer alone
+    frozen = "frozen"
+
+
 class SyntheticLabels(StrEnum):
     soft = "soft"  # the teacher's probabilities
     mask = "mask"  # the conditioning mask
@@ -69,6 +87,12 @@ class ClassConfig:
     name: str = "foreground"
     label: int = 255
     like: str = "region"  # vessel | blob | region | bright | dark
+    also: list[int] = field(default_factory=list)  # further pixel values of it: those of its parts
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Every pixel value in the masks that belongs to the class."""
+        return (self.label, *self.also)
 
 
 @dataclass(frozen=True)
@@ -77,6 +101,7 @@ class DataConfig:
     image_size: int = 96  # side of a training patch and of a synthetic image, pixels
     longest_side: int | None = None  # images are resized so that their longest side is this, pixels
     classes: list[ClassConfig] = field(default_factory=lambda: [ClassConfig()])
+    exclusive: bool = False  # a pixel has one class or none (softmax); false: one sigmoid a class
     field_of_view: bool = False  # a dark surround is no part of the image (fundus cameras)
     min_patients: int = 2  # fewer labelled training patients than this is a fault
 
@@ -127,6 +152,8 @@ class SiteConfig:
     cut: CutConfig | None = None
     phantom: PhantomConfig | None = None
     student: str | None = None  # None: the recipe's student.name
+    adapter: str | None = None  # None: the recipe's teacher.adapter
+    rank: int | None = None  # None: the recipe's teacher.rank
 
 
 @dataclass(frozen=True)
@@ -144,12 +171,13 @@ class CohortConfig:
 @dataclass(frozen=True)
 class TeacherConfig:
     name: str = "ward-sam-tiny"
-    adapter: str = "base"  # preset: which layers carry LoRA
-    rank: int = 8
-    train_decoder: bool = True
+    adapter: str = "base"  # preset (common/presets.py): what of the encoder is trained
+    rank: int | None = None  # None: the preset's own
+    decoder: DecoderTraining = DecoderTraining.full
     steps: int = 30  # optimiser steps a site and round
     batch_size: int = 8
     learning_rate: float = 2e-3
+    cached_views: int = 0  # 0: fresh crops in every step; else that many fixed ones a site, see prefix_cache
 
 
 @dataclass(frozen=True)
@@ -241,10 +269,12 @@ class Recipe:
 class SiteFile:
     """``site.yaml``: what a hospital says of itself. The guard reads it; the server never writes it.
 
-    ``manifest`` is relative to the file. ``student`` None takes the plan's.
+    ``manifest`` is relative to the file. ``student``, ``adapter`` and ``rank`` None take the plan's.
     """
 
     name: str = ""
     manifest: str = "data/manifest.csv"
     student: str | None = None
+    adapter: str | None = None
+    rank: int | None = None
     policy: PolicyConfig = field(default_factory=PolicyConfig)

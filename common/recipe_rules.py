@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from common import recipe as schema
+from common.adapter_rules import adapter_faults
+from common.checkpoints import imported_names
 from common.recipe import Recipe, SiteConfig, SiteFile
 from common.schema_check import Fault, choose_from
 
@@ -85,7 +87,13 @@ RANGES: dict[type, dict[str, Range]] = {
         "unlabelled": NOT_NEGATIVE,
         "test_fraction": OPEN_SHARE,
     },
-    schema.TeacherConfig: {"rank": COUNT, "steps": COUNT, "batch_size": COUNT, "learning_rate": POSITIVE},
+    schema.TeacherConfig: {
+        "rank": COUNT,
+        "steps": COUNT,
+        "batch_size": COUNT,
+        "learning_rate": POSITIVE,
+        "cached_views": NOT_NEGATIVE,
+    },
     schema.AggregationConfig: {"energy": Range(0, 1, open_low=True), "max_rank": COUNT},
     schema.GeneratorConfig: {
         "images": COUNT,
@@ -109,6 +117,8 @@ RANGES: dict[type, dict[str, Range]] = {
         "feature_weight": NOT_NEGATIVE,
         "synthetic_share": SHARE,
     },
+    SiteConfig: {"rank": COUNT},
+    SiteFile: {"rank": COUNT},
     schema.PolicyConfig: {
         "min_group_patients": COUNT,
         "min_cell_patients": COUNT,
@@ -129,8 +139,8 @@ NAMES: dict[type, dict[str, tuple[str, ...]]] = {
     schema.AggregationConfig: {"rule": schema.AGGREGATION_RULES},
     schema.GeneratorConfig: {"name": schema.GENERATORS},
     schema.StudentConfig: {"name": schema.STUDENTS},
-    SiteConfig: {"student": schema.STUDENTS},
-    SiteFile: {"student": schema.STUDENTS},
+    SiteConfig: {"student": schema.STUDENTS, "adapter": schema.ADAPTER_PRESETS},
+    SiteFile: {"student": schema.STUDENTS, "adapter": schema.ADAPTER_PRESETS},
 }
 
 
@@ -144,10 +154,15 @@ def value_faults(section: Any, key: str = "") -> Iterator[Fault]:
             continue
         if item.name in ranges and not ranges[item.name].holds(value):
             yield Fault(path, f"{value} is out of range", f"it must be {ranges[item.name]}")
-        if item.name in names and value not in names[item.name]:
-            yield Fault(path, f"there is no {value!r}", choose_from(value, names[item.name]))
+        if item.name in names and value not in (known := _with_imported(names[item.name])):
+            yield Fault(path, f"there is no {value!r}", choose_from(value, known))
         for inner_path, inner in _sections(path, value):
             yield from value_faults(inner, inner_path)
+
+
+def _with_imported(known: tuple[str, ...]) -> tuple[str, ...]:
+    """The names, and for teachers those that this machine's user imported."""
+    return (*known, *imported_names()) if known is schema.TEACHERS else known
 
 
 def _sections(path: str, value: Any) -> list[tuple[str, Any]]:
@@ -168,6 +183,7 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
     faults += _consortium_faults(recipe)
     for index, site in enumerate(recipe.sites):
         faults += _site_faults(site, f"sites[{index}]", recipe)
+    faults += adapter_faults(recipe)
     faults += _baseline_faults(recipe.baselines)
     return faults
 
@@ -204,6 +220,22 @@ def _data_faults(recipe: Recipe) -> Iterator[Fault]:
     for index, entry in enumerate(data.classes):
         if not entry.name:
             yield Fault(f"data.classes[{index}].name", "it is empty", "name the class, such as lesion")
+    yield from _part_faults(data)
+
+
+def _part_faults(data: schema.DataConfig) -> Iterator[Fault]:
+    """What ``also`` may hold: label values, each once, and none of another class where classes exclude."""
+    labels = RANGES[schema.ClassConfig]["label"]
+    for index, entry in enumerate(data.classes):
+        key = f"data.classes[{index}].also"
+        if strange := [value for value in entry.also if not labels.holds(value)]:
+            yield Fault(key, f"{strange} are out of range", f"a label value must be {labels}")
+        for _, value in _repeated(entry.values):
+            yield Fault(key, f"the class has the label value {value} twice", "name it once")
+        for other in data.classes[:index] if data.exclusive else []:
+            if shared := sorted(set(entry.also) & set(other.values) | {entry.label} & set(other.also)):
+                fix = "set data.exclusive=false, or give each value to one class"
+                yield Fault(key, f"classes exclude each other and {other.name} has {shared} too", fix)
 
 
 def _consortium_faults(recipe: Recipe) -> Iterator[Fault]:

@@ -1,14 +1,15 @@
 """The shared teacher: a frozen SAM-architecture encoder, LoRA slots in it, and a mask decoder.
 
-One teacher is built for a process and lives as long as it; a visit to a site writes that site's adapter
-into it (`common.lora`).
+One teacher a preset and rank is built for a process and lives as long as it; a visit to a site writes that
+site's adapter into it (`common.slots`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,16 +20,19 @@ from common import checkpoints
 from common.adapter import Adapter
 from common.backbones import build_backbone
 from common.backbones.base import Backbone, Features, fit_to_unit
+from common.canonical import canonical_json
 from common.decoder import MaskDecoder
-from common.errors import ArtefactError
-from common.lora import AdapterSlots
-from common.recipe import DataConfig, TeacherConfig
+from common.errors import ArtefactError, ConfigError
+from common.placement import needs_split, place
+from common.plan import RunPlan, rebuild
+from common.presets import PRESETS, rank_of, sends_a, settings_faults
+from common.recipe import DataConfig, DecoderTraining, TeacherConfig
 from common.seeding import derive_seed
+from common.slots import AdapterSlots, SlotPlan, sharing_copy
 
 HEADS = ("vessel", "blob", "region", "bright", "dark")  # the shipped decoder's heads, in order
-PRESETS: dict[str, tuple[str, ...]] = {"base": ("attn.qkv", "attn.proj"), "lite": ("attn.qkv",)}
 
-teachers_built = 0  # how many networks this process has built: tests assert that it stays at one
+teachers_built = 0  # how many networks this process has built: tests assert that it is one a preset and rank
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ TINY = Preprocessing((0.45,) * 3, (0.25,) * 3)
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """``logits`` (B, C, S, S); ``tokens`` (B, 96, S/8, S/8) and ``feature`` (B, 32, S/2, S/2)."""
+    """``logits`` (B, C, S, S); ``tokens`` (B, T, h, w), the encoder's, and ``feature`` (B, 32, S/2, S/2)."""
 
     logits: Tensor
     tokens: Tensor
@@ -53,6 +57,9 @@ class TeacherOutput:
 
 class Teacher(nn.Module):
     """Image (B, 3, S, S) in [0, 1] -> `TeacherOutput`."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self, encoder: Backbone, classes: int, multi_scale: bool = True, preprocessing: Preprocessing = TINY
@@ -80,23 +87,31 @@ class Teacher(nn.Module):
 
 def shipped_teacher(name: str, image_size: int) -> Teacher:
     """The pre-trained teacher with all its shipped heads, for images of ``image_size`` pixels a side."""
-    card = checkpoints.card(name)
-    if card.get("kind") != "teacher":
-        raise ArtefactError(f"{name} is a {card.get('kind')}, not a teacher; see `wardround teacher list`")
-    encoder = build_backbone(card["encoder"]["family"], card["encoder"]["config"])
-    if image_size % max(encoder.unit, 32):
-        wanted = max(encoder.unit, 32)
+    teacher = bare_teacher(name)
+    if image_size % max(teacher.encoder.unit, 32):
+        wanted = max(teacher.encoder.unit, 32)
         raise ArtefactError(f"{name} takes image sizes that are multiples of {wanted}, not {image_size}")
-    preprocessing = Preprocessing(tuple(card["preprocessing"]["mean"]), tuple(card["preprocessing"]["std"]))
-    teacher = Teacher(encoder, len(card["heads"]), card["multi_scale"], preprocessing)
     teacher.load_state_dict(checkpoints.load_tensors(name))
-    if image_size != card["image_size"]:
+    if image_size != checkpoints.card(name)["image_size"]:
         teacher.encoder.resize_positions(image_size)
     return teacher
 
 
+def bare_teacher(name: str) -> Teacher:
+    """The network of the teacher ``name``, with random weights. Raises ``ArtefactError`` if it is none."""
+    card = checkpoints.card(name)
+    if card.get("kind") != "teacher":
+        raise ArtefactError(f"{name} is a {card.get('kind')}, not a teacher; see `wardround teacher list`")
+    encoder = build_backbone(card["encoder"]["family"], card["encoder"]["config"])
+    preprocessing = Preprocessing(tuple(card["preprocessing"]["mean"]), tuple(card["preprocessing"]["std"]))
+    return Teacher(encoder, len(card["heads"]), card["multi_scale"], preprocessing)
+
+
 class ResidentTeacher:
-    """The one teacher of this process, with slots for adapters.
+    """The teacher of this process for one preset and rank, with slots for adapters.
+
+    All of them share the tensors of the base (`_base_network`); of its own a teacher has the adapter's
+    tensors, and the weights of layers with folded factors during a visit.
 
     Guarantees: ``visit`` leaves nothing of one site's adapter for the next (`AdapterSlots.write`); the base
     weights never change.
@@ -104,25 +119,49 @@ class ResidentTeacher:
 
     def __init__(self, config: TeacherConfig, data: DataConfig) -> None:
         global teachers_built
-        self.network = shipped_teacher(config.name, data.image_size)
         heads = checkpoints.card(config.name)["heads"]
-        select_head(self.network.decoder.head, [heads.index(item.like) for item in data.classes])
-        dense = [f"decoder.{name}" for name, _ in self.network.decoder.named_parameters()]
-        self.slots = AdapterSlots(
-            self.network,
-            PRESETS[config.adapter],
-            config.rank,
-            dense if config.train_decoder else [],
-            checkpoints.base_sha256(config.name),
-        )
+        rows = tuple(heads.index(item.like) for item in data.classes)
+        base = _base_network(config.name, data.image_size, rows, needs_split(config))
+        self.network = sharing_copy(base)
+        self.slots = teacher_slots(self.network, config)
         self.network.eval()  # there is neither dropout nor batch statistics to switch
         teachers_built += 1
 
     @contextmanager
     def visit(self, adapter: Adapter, train: bool = False) -> Iterator[Teacher]:
-        """The teacher with ``adapter`` written into it; its tensors take gradients if ``train``."""
+        """The teacher with ``adapter`` written into it; what a site trains takes gradients if ``train``."""
         with self.slots.visit(adapter, train):
             yield self.network
+
+
+def teacher_slots(network: Teacher, config: TeacherConfig) -> AdapterSlots:
+    """Slots in ``network`` for the preset, rank and decoder training of ``config``."""
+    if faults := settings_faults(config):
+        raise ConfigError("this teacher cannot be trained so", faults)
+    return _slots(network, config)
+
+
+def _slots(network: Teacher, config: TeacherConfig) -> AdapterSlots:
+    placement = place(network.encoder, network.decoder, config)
+    plan = SlotPlan(
+        base_sha256=checkpoints.base_sha256(config.name),
+        preset=config.adapter,
+        rank=rank_of(config),
+        layers=placement.layers,
+        dense=placement.dense,
+        train_a=sends_a(config.adapter),
+    )
+    return AdapterSlots(network, plan)
+
+
+@lru_cache(maxsize=2)
+def _base_network(name: str, image_size: int, rows: tuple[int, ...], split: bool) -> Teacher:
+    """The teacher with the output rows of a job's classes; only ever copied, never trained."""
+    network = shipped_teacher(name, image_size)
+    select_head(network.decoder.head, list(rows))
+    if split:
+        network.encoder.split_qkv()
+    return network
 
 
 def select_head(head: nn.Conv2d, rows: list[int]) -> None:
@@ -133,12 +172,8 @@ def select_head(head: nn.Conv2d, rows: list[int]) -> None:
     head.out_channels = len(rows)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _resident(key: str) -> ResidentTeacher:
-    import json
-
-    from common.plan import rebuild
-
     teacher, data = json.loads(key)
     return ResidentTeacher(rebuild(TeacherConfig, teacher), rebuild(DataConfig, data))
 
@@ -148,17 +183,25 @@ def resident_teacher(config: TeacherConfig, data: DataConfig) -> ResidentTeacher
 
     Learning rate, steps and paths do not make another network, so they are no part of the key.
     """
-    from dataclasses import asdict
+    same = TeacherConfig(config.name, config.adapter, rank_of(config) or None, config.decoder)
+    data = DataConfig(image_size=data.image_size, classes=data.classes)
+    return _resident(canonical_json([asdict(same), asdict(data)]))
 
-    from common.canonical import canonical_json
 
-    config = replace(config, steps=0, batch_size=1, learning_rate=0.0)
-    data = replace(data, root=None, longest_side=None, field_of_view=False, min_patients=0)
-    return _resident(canonical_json([asdict(config), asdict(data)]))
+def teacher_for(adapter: Adapter, plan: RunPlan) -> ResidentTeacher:
+    """The teacher that ``adapter`` belongs to. Raises ``ArtefactError`` if the plan has none such."""
+    if plan.variant(adapter.preset, adapter.rank) is None:
+        listed = ", ".join(f"{one.preset} of rank {one.rank}" for one in plan.variants)
+        raise ArtefactError(
+            f"the adapter is {adapter.preset} of rank {adapter.rank}, and the plan has {listed}: "
+            "use one of its own"
+        )
+    config = replace(plan.teacher, adapter=adapter.preset, rank=adapter.rank or None)
+    return resident_teacher(config, plan.data)
 
 
 def initial_adapter(config: TeacherConfig, data: DataConfig, seed: int) -> Adapter:
-    """What round 0 starts from; the same for every site of a run."""
+    """What round 0 starts from; the same for every site of a run that trains by these settings."""
     return resident_teacher(config, data).slots.initial(derive_seed(seed, "teacher", "lora_A"))
 
 
@@ -167,18 +210,49 @@ def base_sha256(name: str) -> str:
 
 
 def teacher_info(name: str) -> dict[str, Any]:
-    """The card of a shipped teacher, with the sizes of each adapter preset at its default rank."""
+    """The card of a teacher, with what each adapter preset trains of its encoder at its default rank.
+
+    A preset of layers that the encoder does not have (``fused`` on DINO) is left out.
+    """
     card = dict(checkpoints.card(name))
-    if card.get("kind") != "teacher":
-        raise ArtefactError(f"{name} is no teacher; see `wardround teacher list`")
-    width = card["encoder"]["config"]["hidden_size"]
-    per_layer = {"attn.qkv": 4 * width, "attn.proj": 2 * width}  # in + out a rank
-    card["presets"] = {
-        preset: {"targets": list(targets), "elements_at_rank_8": 8 * card["encoder"]["config"]["num_hidden_layers"]
-                 * sum(per_layer[target] for target in targets)}
-        for preset, targets in PRESETS.items()
-    }  # fmt: skip
+    with torch.device("meta"):
+        roles = set(bare_teacher(name).encoder.LAYERS)
+    fitting = [preset for preset, about in PRESETS.items() if set(about.roles) <= roles]
+    card["presets"] = {preset: _preset_info(name, preset) for preset in fitting}
+    card["decoder"] = {str(kind): _decoder_elements(name, kind) for kind in DecoderTraining}
     return card
+
+
+def _preset_info(name: str, preset: str) -> dict[str, Any]:
+    """What a preset trains of the encoder, counted in the network itself, built without any memory."""
+    slots = _slots_without_memory(TeacherConfig(name, preset, decoder=DecoderTraining.frozen))
+    return {
+        "kind": str(PRESETS[preset].kind),
+        "rank": slots.plan.rank,
+        "targets": _endings(slots.network, [*slots.plan.layers, *slots.plan.dense]),
+        "elements": sum(parameter.numel() for parameter in slots.trainable().values()),
+    }
+
+
+def _decoder_elements(name: str, training: DecoderTraining) -> int:
+    """What travels of the decoder, beside a preset without factors."""
+    slots = _slots_without_memory(TeacherConfig(name, "decoder", decoder=training))
+    return sum(parameter.numel() for parameter in slots.trainable().values())
+
+
+def _slots_without_memory(settings: TeacherConfig) -> AdapterSlots:
+    with torch.device("meta"):
+        return _slots(bare_teacher(settings.name), settings)
+
+
+def _endings(network: nn.Module, names: Sequence[str]) -> list[str]:
+    """``names`` without the blocks' numbers, each once: ``attn.qkv.q``."""
+    assert isinstance(network, Teacher)
+    prefix = f"encoder.{network.encoder.blocks_name}."
+    found = [
+        name.removeprefix(prefix).partition(".")[2] if name.startswith(prefix) else name for name in names
+    ]
+    return list(dict.fromkeys(found))
 
 
 def list_teachers() -> list[dict[str, Any]]:

@@ -5,8 +5,8 @@ A message is a `RecordDict` of
 ``order``   a ConfigRecord ``{"json": ...}``: the `Round` that a request asks for.
 ``body``    a ConfigRecord ``{"json": ...}``: plain numbers, canonical JSON.
 an adapter  an ArrayRecord with **one flat array a dtype** and, under the same key with ``.head``, a
-            ConfigRecord with the layout ``{dtype: {name: shape}}``, the base digest and the rank. One array
-            a tensor would cost more in Flower's framing than a small factor's values.
+            ConfigRecord with the layout ``{dtype: {name: shape}}``, the base digest, the preset and the
+            rank. One array a tensor would cost more in Flower's framing than a small factor's values.
 ``refused`` a ConfigRecord ``{"code", "field"}``: all that a failing site may say.
 
 Decoding checks every length and shape against the bytes that did arrive before it allocates anything, and
@@ -107,11 +107,13 @@ def decode_adapter(content: Content, key: str = "adapter") -> Adapter:
     head, arrays = content.get(f"{key}.head"), content.get(key)
     if not isinstance(head, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         raise ArtefactError(f"the message carries no {key}")
-    base, rank = head.get("base"), head.get("rank")
+    base, rank, preset = head.get("base"), head.get("rank"), head.get("preset")
     if not isinstance(base, str) or not re.fullmatch(r"[0-9a-f]{1,64}", base):
         raise ArtefactError("an adapter's base digest is no digest")
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank < 1 << 16:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < 1 << 16:
         raise ArtefactError("an adapter's rank is no rank")
+    if not isinstance(preset, str) or not _NAME.fullmatch(preset):
+        raise ArtefactError("an adapter's preset is no name")
     layout = _layout(head)
     if set(arrays) != set(layout):
         raise ArtefactError("an adapter's arrays are not those of its layout")
@@ -120,7 +122,7 @@ def decode_adapter(content: Content, key: str = "adapter") -> Adapter:
     tensors: dict[str, Tensor] = {}
     for dtype, shapes in layout.items():
         tensors |= _unflatten(arrays[dtype].data, dtype, shapes)
-    return Adapter(dict(sorted(tensors.items())), base, rank)
+    return Adapter(dict(sorted(tensors.items())), base, rank, preset)
 
 
 def encode_student_request(order: Round, request: StudentRequest) -> Content:
@@ -179,7 +181,9 @@ def decode_answer(content: Content) -> PlanAnswer:
     if not _NAME.fullmatch(answer.site):
         raise ArtefactError("a site's name must be letters, digits, '.', '_' and '-'")
     if answer.agrees:
-        return PlanAnswer(answer.site, True, answer.plan_sha256)
+        if not _NAME.fullmatch(answer.preset):
+            raise ArtefactError("a site agrees to a plan and does not say what it will train")
+        return PlanAnswer(answer.site, True, answer.plan_sha256, preset=answer.preset, rank=answer.rank)
     kept = _safe_refusal(answer.code, answer.field)
     return PlanAnswer(answer.site, False, answer.plan_sha256, kept.code, kept.field)
 
@@ -286,9 +290,8 @@ def _put_adapter(content: Content, key: str, adapter: Adapter) -> None:
         layout.setdefault(dtype, {})[name] = list(tensor.shape)
         parts.setdefault(dtype, []).append(tensor.reshape(-1))
     content[key] = ArrayRecord({dtype: _flatten(dtype, tensors) for dtype, tensors in parts.items()})
-    content[f"{key}.head"] = ConfigRecord(
-        {"layout": canonical_json(layout), "base": adapter.base_sha256, "rank": adapter.rank}
-    )
+    about = {"base": adapter.base_sha256, "rank": adapter.rank, "preset": adapter.preset}
+    content[f"{key}.head"] = ConfigRecord({"layout": canonical_json(layout), **about})
 
 
 def _flatten(dtype: str, parts: list[Tensor]) -> Array:

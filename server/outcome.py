@@ -29,11 +29,20 @@ class SiteRefusal:
 
 
 @dataclass(frozen=True)
+class SiteAdapter:
+    """The preset and rank that a site trains."""
+
+    preset: str
+    rank: int
+
+
+@dataclass(frozen=True)
 class RunOutcome:
     """Everything the server learned; the report's server side.
 
     Attributes:
         sites: that agreed to the plan, in order.
+        adapters: site -> what it agreed to train, a variant of the plan.
         refusals: sites that did not.
         rounds: every finished round of every stage, in order.
         styles, notes, metrics: per site, from the stages of that name.
@@ -51,6 +60,7 @@ class RunOutcome:
     metrics: dict[str, SiteMetrics] = field(default_factory=dict)
     adapter_sha256: str = ""
     generator_sha256: str = ""
+    adapters: dict[str, SiteAdapter] = field(default_factory=dict)
 
     def has(self, stage: Stage, index: int) -> bool:
         """Whether that round is finished."""

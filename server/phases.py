@@ -18,9 +18,9 @@ from common.adapter import Adapter
 from common.canonical import canonical_json
 from common.durable import write_atomic
 from common.errors import WardroundError
-from common.plan import RunPlan, Stage
+from common.plan import PayloadSpec, RunPlan, Stage
 from common.recipe import Recipe
-from server.aggregation import AggregationRule, build_rule
+from server.aggregation import AggregationRule, Share, build_rule
 from server.collect import Collector, Errand, Take
 from server.outcome import RunOutcome
 from server.planning import build_plan, first_adapters
@@ -90,12 +90,24 @@ class Walk:
                 rule.restore(self.saved.rule_state(stage))
             self.rounds.events.write("resumed", rounds=len(self.outcome.rounds), absent=self.rounds.absent)
             return
-        self.outcome = RunOutcome(self.plan.run_id, self.plan.digest, sorted(roll.nodes), roll.refusals)
-        for stage, rule in self.rules.items():
-            initial = self.first.teacher if stage is Stage.adapt else self.first.generator
-            assert initial is not None
-            rule.start(initial, dict.fromkeys(self.outcome.sites, initial.rank))
+        sites = sorted(roll.nodes)
+        self.outcome = RunOutcome(
+            self.plan.run_id, self.plan.digest, sites, roll.refusals, adapters=roll.adapters
+        )
+        self._start_rules()
         self._keep(self.outcome.with_round(roll.record))
+
+    def _start_rules(self) -> None:
+        """Tell each rule where it starts and what each site trains.
+
+        Raises ``ConfigError`` for a mixture that cannot be aggregated.
+        """
+        first = {(one.preset, one.rank): Share.of(one) for one in self.first.teachers}
+        shares = {site: first[one.preset, one.rank] for site, one in self.outcome.adapters.items()}
+        self.rules[Stage.adapt].start(self.first.whole(), shares, Share.of(self.first.teachers[0]))
+        if self.first.generator is not None:
+            alike = dict.fromkeys(self.outcome.sites, Share.of(self.first.generator))
+            self.rules[Stage.generator].start(self.first.generator, alike)
 
     def adapt(self) -> None:
         """The teacher's rounds; the global adapter is then in ``RUN/teacher``."""
@@ -134,13 +146,11 @@ class Walk:
             return
         notes = {}
         rule = self.rules.get(Stage.generator)
-        request = wire.StudentRequest(
-            adapter=self.rules[Stage.adapt].global_adapter(),
-            styles=self.outcome.styles,
-            generator=rule.global_adapter() if rule else None,
-        )
+        generator = rule.global_adapter() if rule else None
 
-        def write(_: str) -> wire.Content:
+        def write(site: str) -> wire.Content:
+            adapter = self.rules[Stage.adapt].adapter_for(site)
+            request = wire.StudentRequest(adapter, self.outcome.styles, generator)
             return wire.encode_student_request(self.rounds.order(Stage.student, 0), request)
 
         def take(site: str, content: wire.Content) -> None:
@@ -156,9 +166,9 @@ class Walk:
         if self.outcome.has(Stage.evaluate, 0):
             return
         metrics = {}
-        adapter = self.rules[Stage.adapt].global_adapter()
 
-        def write(_: str) -> wire.Content:
+        def write(site: str) -> wire.Content:
+            adapter = self.rules[Stage.adapt].adapter_for(site)
             return wire.encode_request(self.rounds.order(Stage.evaluate, 0), adapter)
 
         def take(site: str, content: wire.Content) -> None:
@@ -174,8 +184,7 @@ class Walk:
         """One round of training at the sites, folded in their order."""
         if self.outcome.has(stage, index):
             return
-        rule, spec = self.rules[stage], self.plan.payload(stage)
-        assert spec is not None
+        rule = self.rules[stage]
         sent: dict[str, Sent] = {}
         losses: dict[str, list[float]] = {}
 
@@ -188,7 +197,7 @@ class Walk:
             nonce, update = wire.decode_update(content)
             self.rounds.live.watch(update)
             cap = self.recipe.policy.max_weight
-            admit(update, nonce, sent[site], spec, cap, self.seen_nonces)
+            admit(update, nonce, sent[site], self._payload(stage, site), cap, self.seen_nonces)
             rule.fold(site, update)
             losses[site] = [loss for loss in update.losses if loss == loss]  # NaN: not measured
 
@@ -197,6 +206,14 @@ class Walk:
         done = self.rounds.run(self.rounds.errand(stage, index, write, take), f"{title}, round {index + 1}")
         residual = rule.close_round()
         self._keep(self.outcome.with_round(done.record(residual, losses)))
+
+    def _payload(self, stage: Stage, site: str) -> PayloadSpec:
+        """What the plan lets ``site`` send up in ``stage``."""
+        agreed = self.outcome.adapters[site]
+        variant = self.plan.variant(agreed.preset, agreed.rank)
+        payload = variant.payload if variant and stage is Stage.adapt else self.plan.payload(stage)
+        assert payload is not None, "the roll call admits only variants of the plan"
+        return payload
 
     def _errand(self, stage: Stage, take: Take) -> Errand:
         """An errand whose request is the bare order."""
@@ -216,8 +233,9 @@ class Walk:
         path = self.run_dir / TEACHER_FILE
         write_atomic(path, adapter.to_bytes())
         card = {
-            "teacher": self.plan.teacher.name, "adapter_sha256": adapter.digest, "rank": adapter.rank,
-            "base_sha256": adapter.base_sha256, "elements": adapter.elements, "rounds": self.plan.rounds,
+            "teacher": self.plan.teacher.name, "adapter_sha256": adapter.digest, "preset": adapter.preset,
+            "rank": adapter.rank, "base_sha256": adapter.base_sha256, "elements": adapter.elements,
+            "rounds": self.plan.rounds,
             "sites": self.outcome.sites, "run_id": self.plan.run_id, "plan_sha256": self.plan.digest,
         }  # fmt: skip
         write_atomic(path.with_name("card.json"), canonical_json(card).encode())

@@ -14,10 +14,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from torch import Tensor
+
 from common.adapter import Adapter
 from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
-from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec
-from common.recipe import GeneratorScope, Recipe
+from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant
+from common.presets import rank_of, site_teacher
+from common.recipe import GeneratorScope, Recipe, TeacherConfig
 from common.style import StyleSummary
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -35,10 +38,23 @@ TABLES: dict[Stage, tuple[str, type, int]] = {  # stage: the table's name, its f
 
 @dataclass(frozen=True)
 class FirstAdapters:
-    """What the first rounds start from. ``generator`` is None unless its adapter is federated."""
+    """What the first rounds start from.
 
-    teacher: Adapter
+    Attributes:
+        teachers: one a variant (preset and rank) that a site may train, the recipe's own first.
+        generator: None unless its adapter is federated.
+    """
+
+    teachers: list[Adapter]
     generator: Adapter | None
+
+    def whole(self) -> Adapter:
+        """Every layer that a variant trains, at the highest rank, under the name of the first variant."""
+        tensors: dict[str, Tensor] = {}
+        for adapter in sorted(self.teachers, key=lambda one: one.rank):
+            tensors |= adapter.tensors  # of two ranks the first rows are the same: the higher one stays
+        highest = max(adapter.rank for adapter in self.teachers)
+        return replace(self.teachers[0], tensors=dict(sorted(tensors.items())), rank=highest)
 
 
 def first_adapters(recipe: Recipe) -> FirstAdapters:
@@ -47,9 +63,18 @@ def first_adapters(recipe: Recipe) -> FirstAdapters:
 
     federated = recipe.generator.scope is GeneratorScope.federated
     return FirstAdapters(
-        teacher.initial_adapter(recipe.teacher, recipe.data, recipe.run.seed),
+        [teacher.initial_adapter(one, recipe.data, recipe.run.seed) for one in variant_settings(recipe)],
         generator.initial_adapter(recipe.generator, recipe.run.seed) if federated else None,
     )
+
+
+def variant_settings(recipe: Recipe) -> list[TeacherConfig]:
+    """The settings of every preset and rank that a site of ``recipe`` trains, each once, its own first."""
+    wanted = [recipe.teacher, *(site_teacher(recipe.teacher, s.adapter, s.rank) for s in recipe.sites)]
+    found: dict[tuple[str, int], TeacherConfig] = {}
+    for one in wanted:
+        found.setdefault((one.adapter, rank_of(one)), one)
+    return list(found.values())
 
 
 def model_digests(recipe: Recipe) -> dict[str, str]:
@@ -76,9 +101,11 @@ def build_plan(recipe: Recipe, run_id: str) -> RunPlan:
         code_sha256=code_sha256(),
         models=model_digests(recipe),
         stages=stages,
-        payloads=[_payload(stage, first) for stage in stages],
+        payloads=[_payload(stage, first) for stage in stages if stage is not Stage.adapt],
+        variants=[Variant(a.preset, a.rank, _update_payload(Stage.adapt, a)) for a in first.teachers],
         data=replace(recipe.data, root=None),
         teacher=recipe.teacher,
+        aggregation=recipe.aggregation,
         generator=recipe.generator,
         student=recipe.student,
         privacy=recipe.privacy,
@@ -112,8 +139,11 @@ def _payload(stage: Stage, first: FirstAdapters) -> PayloadSpec:
     if stage in TABLES:
         name, kind, max_bytes = TABLES[stage]
         return PayloadSpec(stage, [], sorted(set(_paths(kind, name))), max_bytes)
-    adapter = first.teacher if stage is Stage.adapt else first.generator
-    assert adapter is not None, "only the federated scope has a generator stage"
+    assert first.generator is not None, "only the federated scope has a generator stage"
+    return _update_payload(stage, first.generator)
+
+
+def _update_payload(stage: Stage, adapter: Adapter) -> PayloadSpec:
     tensors = adapter.trained().tensors
     specs = [
         TensorSpec(name, list(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch."))

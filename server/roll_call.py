@@ -9,18 +9,20 @@ from common.errors import ArtefactError, DeadlinePassed
 from common.guard_api import PlanAnswer
 from common.plan import Stage
 from common.recipe import Recipe
-from server.outcome import RunOutcome, SiteRefusal
+from server.outcome import RunOutcome, SiteAdapter, SiteRefusal
 from server.report.schema import Rejection, RoundRecord
 from server.rounds import FinishedRound, Rounds
 
+CHANGED = "another adapter or rank than it agreed to when the run began"
 NODES_WAIT_S = 120.0  # for the nodes to come online, or the sites' own deadline if that is shorter
 
 
 @dataclass(frozen=True)
 class Roll:
-    """``nodes``: site -> node id of the sites that agree; ``refusals``: of those that do not."""
+    """``nodes`` and ``adapters`` of the sites that agree, by site; ``refusals`` of those that do not."""
 
     nodes: dict[str, int]
+    adapters: dict[str, SiteAdapter]
     refusals: list[SiteRefusal]
     record: RoundRecord
 
@@ -45,11 +47,12 @@ def call_the_roll(rounds: Rounds, recipe: Recipe, before: RunOutcome | None) -> 
         answer = wire.decode_answer(content)
         if answer.plan_sha256 != rounds.plan.digest:
             raise ArtefactError("an answer to another plan")
+        if answer.agrees and rounds.plan.variant(answer.preset, answer.rank) is None:
+            raise ArtefactError("an adapter that the plan does not list")
         answers[label] = answer
 
     finished = rounds.ask(rounds.errand(Stage.propose, 0, write, take), "proposal", nodes)
-    known = _known_sites(recipe, before)
-    faults = {label: fault for label in answers if (fault := _fault(label, answers, known))}
+    faults = _faults(answers, recipe, before)
     agreed = {label for label, answer in answers.items() if answer.agrees and label not in faults}
     refused = [
         answer for label, answer in sorted(answers.items()) if not answer.agrees and label not in faults
@@ -62,6 +65,7 @@ def call_the_roll(rounds: Rounds, recipe: Recipe, before: RunOutcome | None) -> 
     rounds.require(finished, len(agreed))
     return Roll(
         nodes={names[label]: nodes[label] for label in sorted(agreed, key=names.__getitem__)},
+        adapters={names[label]: SiteAdapter(answers[label].preset, answers[label].rank) for label in agreed},
         refusals=[SiteRefusal(answer.site, answer.code, answer.field) for answer in refused],
         record=finished.record(),
     )
@@ -87,6 +91,15 @@ def _known_sites(recipe: Recipe, before: RunOutcome | None) -> set[str] | None:
     return {site.name for site in recipe.sites} or None
 
 
+def _faults(answers: dict[str, PlanAnswer], recipe: Recipe, before: RunOutcome | None) -> dict[str, str]:
+    """Label -> why that answer cannot be taken."""
+    known = _known_sites(recipe, before)
+    faults = {label: fault for label in answers if (fault := _fault(label, answers, known))}
+    if before is not None:
+        faults |= {label: CHANGED for label, answer in answers.items() if _changed(answer, before)}
+    return faults
+
+
 def _fault(label: str, answers: dict[str, PlanAnswer], known: set[str] | None) -> str:
     name = answers[label].site
     if known is not None and name not in known:
@@ -94,6 +107,12 @@ def _fault(label: str, answers: dict[str, PlanAnswer], known: set[str] | None) -
     if any(other != label and answer.site == name for other, answer in answers.items()):
         return "another node gives the same site's name"  # which one lies cannot be told from here
     return ""
+
+
+def _changed(answer: PlanAnswer, before: RunOutcome) -> bool:
+    """Whether the site now says another preset or rank than in the run that is resumed."""
+    agreed = before.adapters.get(answer.site)
+    return answer.agrees and agreed is not None and agreed != SiteAdapter(answer.preset, answer.rank)
 
 
 def _words(answer: PlanAnswer) -> str:

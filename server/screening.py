@@ -31,13 +31,15 @@ class Sent:
     nonce: str
     digest: str
     base_sha256: str
+    preset: str
     rank: int
     norm: float
 
     @classmethod
     def of(cls, adapter: Adapter, nonce: str) -> Sent:
         trained = adapter.trained()
-        return cls(nonce, adapter.digest, adapter.base_sha256, adapter.rank, _norm(trained.tensors))
+        norm = _norm(trained.tensors)
+        return cls(nonce, adapter.digest, adapter.base_sha256, adapter.preset, adapter.rank, norm)
 
 
 def admit(
@@ -48,7 +50,7 @@ def admit(
     Args:
         nonce: that the answer carries back.
         sent: what this site was sent in this round.
-        spec: the plan's manifest of the stage.
+        spec: the plan's manifest of the stage, for the variant that the site trains.
         max_weight: cap on the declared patient count.
         seen: nonces of the answers admitted so far in this run; the new one is added.
     """
@@ -59,6 +61,8 @@ def admit(
     faults += _tensor_faults(tensors, spec)
     if update.adapter.base_sha256 != sent.base_sha256:
         faults.append("another base model")
+    if update.adapter.preset != sent.preset:
+        faults.append("another preset")
     if update.adapter.rank != sent.rank:
         faults.append("another rank")
     if update.started_from != sent.digest:

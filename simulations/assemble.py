@@ -93,8 +93,11 @@ def _teacher_adapter(path: Path, outcome: RunOutcome, plan: RunPlan) -> Adapter:
         return adapter
     base = plan.models[plan.teacher.name]
     wrong = "is not the adapter that this run ended with"
+    own = plan.variants[0]
     if adapter.base_sha256 != base:
         wrong = f"belongs to base {adapter.base_sha256[:12]}, this run's teacher is {base[:12]}"
+    elif (adapter.preset, adapter.rank) != (own.preset, own.rank):
+        wrong = f"is {adapter.preset} of rank {adapter.rank}, this run's is {own.preset} of rank {own.rank}"
     raise ArtefactError(f"{path} {wrong}: remove it and run again with --resume, which writes the run's own")
 
 

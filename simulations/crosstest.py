@@ -48,11 +48,7 @@ def cross_test(sites: Sequence[Site], plan: RunPlan, adapter: Adapter) -> list[B
 
 
 def _everywhere(forward: Forward, tests: Sequence[Sequence[Patient]], plan: RunPlan) -> Values:
-    parts = [
-        evaluate_patients(forward, test, plan.data.classes, plan.data.image_size, plan.evaluation)
-        for test in tests
-        if test
-    ]
+    parts = [evaluate_patients(forward, test, plan.data, plan.evaluation) for test in tests if test]
     return {
         metric: {name: np.concatenate([part[metric][name] for part in parts]) for name in by_class}
         for metric, by_class in parts[0].items()

@@ -51,8 +51,7 @@ def case_panel(site: Site, plan: RunPlan, adapter: Adapter, cases: Sequence[Samp
             if name in models:
                 forward = models[name]()
                 found[name] = [
-                    predict(forward, case.image, plan.data.image_size, plan.evaluation.overlap)
-                    for case in cases
+                    predict(forward, case.image, plan.data, plan.evaluation.overlap) for case in cases
                 ]
     rows = []
     for index, case in enumerate(cases):

@@ -20,10 +20,12 @@ from client.students import UNetXS
 from client.style import style_vector
 from common import checkpoints, progress
 from common.backbones import build_backbone
+from common.backbones.base import Backbone
 from common.generator import StyleDiffusion, diffusion_loss
 from common.seeding import derive_rng, derive_seed
-from common.teacher import HEADS, Teacher
+from common.teacher import HEADS, TINY, Teacher
 from simulations.scenes import KINDS, TARGETS, scene_bank
+from simulations.tissues import tissue_bank
 
 SIZE = 96
 # 4 blocks of width 128 on 8 x 8 patches, every second block global. `initializer_range` matters: the
@@ -34,6 +36,7 @@ TINY_SAM: dict[str, Any] = {
     "global_attn_indexes": [1, 3], "initializer_range": 0.02,
 }  # fmt: skip
 SCENES = 6000
+TISSUES = 9000
 VALIDATION = 120
 LICENCE = "Apache-2.0"
 HEAD_WEIGHT = torch.tensor([2.0, 1.0, 1.0, 0.5, 0.5])  # thin structures first: they are the last to start
@@ -49,8 +52,13 @@ class Bank:
     kinds: np.ndarray
 
     @classmethod
-    def make(cls, seed: int, count: int, distractors: float = 0.3) -> Bank:
+    def make(cls, seed: int, count: int, distractors: float = 0.3, tissues: int = 0) -> Bank:
+        """``count`` plain scenes, and ``tissues`` of those closer to cameras and microscopes."""
         images, targets, kinds = scene_bank(seed, count, SIZE, distractors)
+        if tissues:
+            more = tissue_bank(derive_seed(seed, "tissues"), tissues, SIZE)
+            images, targets = np.concatenate([images, more[0]]), np.concatenate([targets, more[1]])
+            kinds = np.concatenate([kinds, more[2]])
         return cls(torch.from_numpy(images), torch.from_numpy(targets), kinds)
 
     def draw(
@@ -135,22 +143,75 @@ def curriculum(step: int, steps: int) -> tuple[float, float, float]:
     return (0.9, 0.05, 0.05) if step < 0.15 * steps else (0.4, 0.35, 0.25)
 
 
-def pretrain_teacher(seed: int, steps: int) -> None:
-    torch.manual_seed(derive_seed(seed, "teacher", "init"))
-    network = Teacher(build_backbone("sam", TINY_SAM), len(HEADS))
-    nn.init.normal_(network.encoder.vision_encoder.pos_embed, std=0.02)
-    bank, held_out = Bank.make(derive_seed(seed, "scenes"), SCENES), Bank.make(seed + 1, VALIDATION)
+class MaskedPatches(nn.Module):
+    """The masked-image term (after MAE, He et al. 2022): patches are greyed, and the tokens must tell them.
+
+    A patch predicts its own pixels by one linear layer, which is thrown away after pre-training.
+    """
+
+    def __init__(self, encoder: Backbone, share: float, seed: int) -> None:
+        super().__init__()
+        self.patch, self.share = encoder.stride, share
+        self.pixels = nn.Conv2d(encoder.channels, 3 * self.patch**2, 1)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, image: Tensor) -> Tensor:
+        """(B, 1, h, w): 1 where a patch of ``image`` is to be hidden."""
+        grid = (len(image), 1, image.shape[2] // self.patch, image.shape[3] // self.patch)
+        return (torch.rand(grid, generator=self.generator) < self.share).float().to(image.device)
+
+    def hide(self, image: Tensor, hidden: Tensor) -> Tensor:
+        covered = F.interpolate(hidden, scale_factor=float(self.patch))
+        return image * (1 - covered) + 0.45 * covered
+
+    def loss(self, tokens: Tensor, image: Tensor, hidden: Tensor) -> Tensor:
+        """Mean absolute error over the pixels of the hidden patches."""
+        error = (self.pixels(tokens).float() - F.pixel_unshuffle(image, self.patch)).abs() * hidden
+        return error.sum() / (hidden.sum() * error.shape[1] + 1)
+
+
+class TeacherTraining(nn.Module):
+    """The teacher and what is only needed to pre-train it."""
+
+    def __init__(self, seed: int, multi_scale: bool) -> None:
+        super().__init__()
+        torch.manual_seed(derive_seed(seed, "teacher", "init"))
+        self.teacher = Teacher(build_backbone("sam", TINY_SAM), len(HEADS), multi_scale)
+        nn.init.normal_(self.teacher.encoder.get_parameter("vision_encoder.pos_embed"), std=0.02)
+        self.masked = MaskedPatches(self.teacher.encoder, 0.3, derive_seed(seed, "teacher", "masked"))
+
+    def loss(self, image: Tensor, target: Tensor, masked: bool) -> Tensor:
+        """Segmentation, hidden parts included, and with ``masked`` also the masked-image term."""
+        shown, hidden = image, self.masked.draw(image)
+        if masked:
+            shown = self.masked.hide(image, hidden)
+        with torch.autocast(image.device.type, torch.bfloat16):  # 0.6 of the time; weights stay float32
+            output = self.teacher(shown)
+            extra = self.masked.loss(output.tokens, image, hidden) if masked else torch.zeros(())
+        return segmentation_loss(output.logits.float(), target) + extra
+
+
+def pretrain_teacher(seed: int, steps: int, device: str = "cpu", multi_scale: bool = True) -> None:
+    training = TeacherTraining(seed, multi_scale).to(device)
+    bank = Bank.make(derive_seed(seed, "scenes"), SCENES, tissues=TISSUES)
     rng = derive_rng(seed, "teacher", "batches")
 
     def loss_at(step: int) -> Tensor:
         image, target, _ = bank.draw(rng, 16, curriculum(step, steps))
-        with torch.autocast("cpu", torch.bfloat16):  # 0.6 of the time; the weights stay float32
-            logits = network(image).logits
-        return segmentation_loss(logits.float(), target)
+        return training.loss(image.to(device), target.to(device), masked=step % 2 == 1)
 
-    losses = fit(network, steps, {"encoder": 1.2e-3, "decoder": 3e-3}, loss_at)
+    rates = {"teacher.encoder": 1.2e-3, "teacher.decoder": 3e-3, "masked": 1.2e-3}
+    losses = fit(training, steps, rates, loss_at)
+    network = training.teacher.cpu().half().float()  # as it ships
+    held_out = Bank.make(seed + 1, VALIDATION, tissues=VALIDATION)
     dice = head_dice(lambda image: network(image).logits, held_out)
-    _ship("teacher", network, seed, steps, {"heads": list(HEADS), "validation_dice": dice, "losses": losses})
+    more = {
+        "encoder": {"family": "sam", "config": TINY_SAM},
+        "preprocessing": {"mean": TINY.mean, "std": TINY.std, "channel_order": "RGB", "range": [0, 1]},
+        "multi_scale": multi_scale,
+    }
+    measured = {"heads": list(HEADS), "validation_dice": dice, "losses": losses}
+    _ship("teacher", network.half(), seed, steps, {**more, **measured})
 
 
 def pretrain_student(seed: int, steps: int) -> None:
@@ -214,7 +275,7 @@ def _ship(kind: str, network: nn.Module, seed: int, steps: int, more: dict[str, 
         "image_size": SIZE,
         "seed": seed,
         "steps": steps,
-        "trained_on": "procedural scenes only (simulations/scenes.py); no real image",
+        "trained_on": "procedural scenes only (simulations/scenes.py, simulations/tissues.py); no real image",
         "licence": LICENCE,
         "reproduce": f"python -m simulations.pretrain {kind} --seed {seed} --steps {steps}",
         "torch": torch.__version__,
@@ -225,7 +286,7 @@ def _ship(kind: str, network: nn.Module, seed: int, steps: int, more: dict[str, 
     checkpoints.save(SHIPPED[kind], network.state_dict(), about)
 
 
-DEFAULT_STEPS = {"teacher": 2400, "student": 2000, "generator": 1600}
+DEFAULT_STEPS = {"teacher": 6000, "student": 2000, "generator": 1600}
 MAKERS = {"teacher": pretrain_teacher, "student": pretrain_student, "generator": pretrain_generator}
 
 

@@ -79,7 +79,8 @@ def prepare_sites(recipe: Recipe, folder: Path) -> list[str]:
             manifest = Path(site.manifest).resolve()
             if not manifest.is_file():
                 raise DataError(f"site {name}: {manifest} does not exist; mend sites.{name}.manifest")
-        save_site(SiteFile(name, str(manifest), site.student, recipe.policy), home / "site.yaml")
+        said = SiteFile(name, str(manifest), site.student, site.adapter, site.rank, recipe.policy)
+        save_site(said, home / "site.yaml")
     return sorted(configs)
 
 

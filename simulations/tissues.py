@@ -61,12 +61,15 @@ def _stamp(cover: FloatImage, width: FloatImage, row: float, column: float, radi
     soft = np.clip(radius - distance + 0.5, 0, 1).astype(np.float32)
     np.maximum(cover[top:bottom, left:right], soft, out=cover[top:bottom, left:right])
     np.maximum(
-        width[top:bottom, left:right], (soft > 0) * 2 * radius, out=width[top:bottom, left:right], casting="same_kind"
+        width[top:bottom, left:right],
+        (soft > 0) * 2 * radius,
+        out=width[top:bottom, left:right],
+        casting="same_kind",
     )
 
 
 def fundus(rng: np.random.Generator, size: int) -> Scene:
-    """Fine vessels, dark or bright, on a mottled ground with a disc, spots and broad shadows as distractors."""
+    """Fine vessels, dark or bright, on a mottled ground; a disc, spots and broad shadows are distractors."""
     cover, width = fine_tree(rng, size)
     sign = -1 if rng.random() < 0.75 else 1
     ground = rng.uniform(0.35, 0.75) if sign < 0 else rng.uniform(0.1, 0.5)
@@ -85,9 +88,13 @@ def fundus(rng: np.random.Generator, size: int) -> Scene:
     soft = gaussian_filter(cover, rng.uniform(0.2, 0.6))
     depth = soft * strength * (1 + rng.uniform(0, 0.25) * smooth_noise(rng, size, 10.0))
     if rng.random() < 0.4:  # the bright line along a broad vessel
-        depth = depth * (1 - rng.uniform(0.2, 0.6) * np.clip(gaussian_filter(cover * (width > 3), 0.8) * 2 - 1, 0, 1))
-    image = image * (1 + sign * depth[..., None] * rng.uniform(0.5, 1.5, 3)) if sign < 0 else (
-        image + (depth[..., None] * rng.uniform(0.4, 1.2, 3))
+        depth = depth * (
+            1 - rng.uniform(0.2, 0.6) * np.clip(gaussian_filter(cover * (width > 3), 0.8) * 2 - 1, 0, 1)
+        )
+    image = (
+        image * (1 + sign * depth[..., None] * rng.uniform(0.5, 1.5, 3))
+        if sign < 0
+        else (image + (depth[..., None] * rng.uniform(0.4, 1.2, 3)))
     )
     return _finish(rng, image, {"vessel": cover > 0.5}, sign, 0)
 
@@ -113,7 +120,9 @@ def stained(rng: np.random.Generator, size: int) -> Scene:
     light, stain = rng.uniform(0.6, 1.0, 3), rng.uniform(0.15, 1.0, 3)
     tissue = 0.5 + 0.5 * np.tanh(rng.uniform(0.5, 2.0) * texture(rng, size) + rng.normal(0, 0.7))
     if rng.random() < 0.6:  # each nucleus has its cell around it
-        tissue = np.maximum(tissue * rng.uniform(0.2, 1.0), gaussian_filter(nuclei, rng.uniform(2.0, 5.0)) ** 0.5)
+        tissue = np.maximum(
+            tissue * rng.uniform(0.2, 1.0), gaussian_filter(nuclei, rng.uniform(2.0, 5.0)) ** 0.5
+        )
     dye = rng.uniform(0.1, 0.8) * tissue[..., None] * rng.uniform(0.2, 1.0, 3) * stain
     chromatin = 1 + rng.uniform(0, 0.4) * smooth_noise(rng, size, rng.uniform(1.0, 4.0))
     strength = _each(rng, instances, 0.5, 1.0)
@@ -135,9 +144,13 @@ def unstained(rng: np.random.Generator, size: int) -> Scene:
     sign = 1 if rng.random() < 0.5 else -1
     grey = rng.uniform(0.3, 0.7) + rng.uniform(0.01, 0.08) * texture(rng, size)
     grey = grey + rng.uniform(-1.2, 1.2) * rim + sign * rng.uniform(0.02, 0.25) * gaussian_filter(solid, 0.6)
-    grain = rng.uniform(0.0, 0.15) * smooth_noise(rng, size, rng.uniform(1.0, 4.0)) * gaussian_filter(solid, 0.8)
+    grain = (
+        rng.uniform(0.0, 0.15) * smooth_noise(rng, size, rng.uniform(1.0, 4.0)) * gaussian_filter(solid, 0.8)
+    )
     tone = rng.uniform(0.6, 1.2, 3) if rng.random() < 0.4 else np.ones(3)
-    return _finish(rng, np.asarray((grey + grain)[..., None] * tone, np.float32), {"blob": instances > 0}, sign, 1)
+    return _finish(
+        rng, np.asarray((grey + grain)[..., None] * tone, np.float32), {"blob": instances > 0}, sign, 1
+    )
 
 
 def layered(rng: np.random.Generator, size: int) -> Scene:
@@ -156,7 +169,9 @@ def layered(rng: np.random.Generator, size: int) -> Scene:
     grey = grey * (1 + rng.uniform(0.0, 0.9) * (grain / grain.mean() - 1))
     shadow = 1 - rng.uniform(0, 0.5) * np.linspace(0, 1, size)[:, None] ** 2
     tone = rng.uniform(0.4, 1.3, 3) if rng.random() < 0.3 else np.ones(3)
-    return _finish(rng, np.asarray((grey * shadow)[..., None] * tone, np.float32), {"region": solid > 0}, sign, 2)
+    return _finish(
+        rng, np.asarray((grey * shadow)[..., None] * tone, np.float32), {"region": solid > 0}, sign, 2
+    )
 
 
 def _each(rng: np.random.Generator, instances: IntImage, low: float, high: float) -> FloatImage:
@@ -166,12 +181,18 @@ def _each(rng: np.random.Generator, instances: IntImage, low: float, high: float
 
 
 def _finish(
-    rng: np.random.Generator, image: NDArray[np.float32], found: dict[str, NDArray[np.bool_]], sign: int, kind: int
+    rng: np.random.Generator,
+    image: NDArray[np.float32],
+    found: dict[str, NDArray[np.bool_]],
+    sign: int,
+    kind: int,
 ) -> Scene:
     """A mild scanner, the stretch, and the targets. A tile of a large image does not span the full range."""
     size = image.shape[0]
     ramp = np.linspace(-1, 1, size)
-    image = image * (1 + rng.normal(0, 0.15) * ramp[:, None, None] + rng.normal(0, 0.15) * ramp[None, :, None])
+    image = image * (
+        1 + rng.normal(0, 0.15) * ramp[:, None, None] + rng.normal(0, 0.15) * ramp[None, :, None]
+    )
     if rng.random() < 0.5:
         image = gaussian_filter(image, (s := rng.uniform(0.2, 0.9), s, 0))
     image = image + rng.normal(0, rng.uniform(0.0, 0.03), image.shape)
@@ -208,3 +229,13 @@ def random_tissue_scene(rng: np.random.Generator, size: int, kind: int) -> Scene
     painters, shares = zip(*PAINTERS[kind], strict=True)
     paint: Painter = painters[int(rng.choice(len(painters), p=shares))]
     return paint(rng, size)
+
+
+def tissue_bank(
+    seed: int, count: int, size: int
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_], NDArray[np.int8]]:
+    """``count`` scenes, kinds in equal shares, as `scenes.scene_bank` gives them."""
+    rng = np.random.default_rng(seed)
+    scenes = [random_tissue_scene(rng, size, index % len(PAINTERS)) for index in range(count)]
+    images = np.stack([scene.image.transpose(2, 0, 1) for scene in scenes])
+    return images, np.stack([s.targets for s in scenes]), np.array([s.kind for s in scenes], np.int8)

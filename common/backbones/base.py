@@ -8,9 +8,8 @@ what lets a site compute the blocks below its adapters once and keep the result 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,7 +55,7 @@ class Backbone(nn.Module, ABC):
             where a network has one; `split_qkv` replaces it by ``q``, ``k`` and ``v``.
     """
 
-    LAYERS: ClassVar[dict[str, tuple[str, ...]]]
+    LAYERS: Mapping[str, tuple[str, ...]]
 
     stride: int
     unit: int
@@ -93,7 +92,10 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def resize_positions(self, image_size: int) -> None:
-        """Interpolate every position table for images of ``image_size`` pixels a side; never a fresh one."""
+        """Interpolate every position table for images of ``image_size`` pixels a side; never a fresh one.
+
+        A size that is no multiple of `unit` stands for the next one, as `fit_to_unit` makes of the images.
+        """
 
     def split_qkv(self) -> None:
         """Replace fused query-key-value layers by three; nothing to do where they are apart already."""
@@ -111,7 +113,7 @@ class Backbone(nn.Module, ABC):
         return self.finish(self.run(self.embed(image), 0, len(self.blocks)))
 
     def layers(self, roles: Sequence[str], last_blocks: int | None = None) -> list[str]:
-        """Names, below this module, of the layers with ``roles`` in the last ``last_blocks`` blocks (None: all).
+        """Names, below this module, of the layers with ``roles`` in the last ``last_blocks`` blocks (or all).
 
         Raises ``ConfigError`` for a role that this network does not have.
         """
@@ -128,9 +130,14 @@ def spread(depth: int, count: int = TAPS) -> tuple[int, ...]:
     return tuple(sorted({(depth * (index + 1)) // (count + 1) - 1 for index in range(count)} - {-1}))
 
 
+def prepared_side(side: int, unit: int) -> int:
+    """``side`` pixels, enlarged to the next multiple of ``unit``."""
+    return -(-side // unit) * unit
+
+
 def fit_to_unit(image: Tensor, unit: int) -> Tensor:
-    """``image`` (B, C, H, W) with sides enlarged to the next multiple of ``unit``; unchanged where they are."""
-    sides = [-(-side // unit) * unit for side in image.shape[-2:]]
+    """``image`` (B, C, H, W) with sides enlarged to the next multiple of ``unit``; unchanged if they are."""
+    sides = [prepared_side(side, unit) for side in image.shape[-2:]]
     if sides == list(image.shape[-2:]):
         return image
     return F.interpolate(image, size=sides, mode="bilinear", align_corners=False, antialias=True)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SamVisionConfig, SamVisionModel
 
-from common.backbones.base import Backbone, Features, Progress, spread
+from common.backbones.attention import RelativeAttention
+from common.backbones.base import Backbone, Features, Progress, prepared_side, spread
+from common.backbones.projections import split_fused
 
 
 class SamBackbone(Backbone):
     """SAM, MedSAM and ``ward-sam-tiny``; hidden states are (B, h, w, C)."""
 
-    LAYERS: ClassVar[dict[str, tuple[str, ...]]] = {
+    LAYERS: Mapping[str, tuple[str, ...]] = {
         "qkv": ("attn.qkv",),
         "q": ("attn.qkv.q",),
         "k": ("attn.qkv.k",),
@@ -28,6 +30,8 @@ class SamBackbone(Backbone):
     def __init__(self, config: SamVisionConfig) -> None:
         super().__init__()
         self.vision_encoder = SamVisionModel(config).vision_encoder
+        for layer in self.vision_encoder.layers:
+            layer.attn = RelativeAttention(layer.attn)
         self.stride = self.unit = config.patch_size
         self.channels = config.output_channels
         self.tap_blocks = spread(config.num_hidden_layers)
@@ -54,6 +58,9 @@ class SamBackbone(Backbone):
     def as_map(self, hidden: Tensor) -> Tensor:
         return hidden.permute(0, 3, 1, 2)
 
+    def split_qkv(self) -> None:
+        split_fused(layer.attn for layer in self.vision_encoder.layers)
+
     def finish(self, progress: Progress) -> Features:
         return Features(self.vision_encoder.neck(progress.hidden), progress.taps)
 
@@ -61,7 +68,8 @@ class SamBackbone(Backbone):
     def resize_positions(self, image_size: int) -> None:
         """Absolute table bicubic, the global blocks' relative tables linear, as SAM itself does."""
         inner = self.vision_encoder
-        grid = image_size // self.stride
+        side = prepared_side(image_size, self.unit)
+        grid = side // self.stride
         if inner.pos_embed is not None:
             table = F.interpolate(
                 inner.pos_embed.permute(0, 3, 1, 2), (grid, grid), mode="bicubic", align_corners=False
@@ -73,8 +81,8 @@ class SamBackbone(Backbone):
                     old = getattr(layer.attn, name)
                     new = F.interpolate(old.T[None], size=2 * grid - 1, mode="linear")[0].T.contiguous()
                     setattr(layer.attn, name, nn.Parameter(new))
-        inner.patch_embed.image_size = (image_size, image_size)
-        inner.config.image_size = inner.image_size = image_size
+        inner.patch_embed.image_size = (side, side)
+        inner.config.image_size = inner.image_size = side
 
 
 def build(config: Mapping[str, Any]) -> SamBackbone:

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from common.errors import ConfigError
 from common.recipe import AggregationConfig
-from server.aggregation.base import AggregationRule
+from server.aggregation.base import AggregationRule, Share
 from server.aggregation.exact_split import ExactSplit
 from server.aggregation.fedit import FedIT
 
@@ -29,4 +29,4 @@ def build_rule(config: AggregationConfig) -> AggregationRule:
     return RULES[config.rule](config)
 
 
-__all__ = ["RULES", "AggregationRule", "build_rule"]
+__all__ = ["RULES", "AggregationRule", "Share", "build_rule"]

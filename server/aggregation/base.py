@@ -11,15 +11,18 @@ show until ``close_round`` has succeeded.
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from common.adapter import FACTOR_SUFFIXES, Adapter, AdapterUpdate
+from common.canonical import canonical_json
 from common.errors import ArtefactError, ConfigError, FederationError
 from common.recipe import AggregationConfig
 
@@ -27,6 +30,29 @@ from common.recipe import AggregationConfig
 def is_factor(name: str) -> bool:
     """Whether tensor ``name`` is a low-rank factor rather than a dense tensor."""
     return name.rpartition(".")[2] in FACTOR_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one site trains of the factors.
+
+    Attributes:
+        layers: that carry factors at this site, sorted.
+        trains_a: False: the site trains B alone, and A never comes back from it.
+    """
+
+    preset: str
+    rank: int
+    layers: tuple[str, ...]
+    trains_a: bool = True
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Share:
+        """The share of a site that is sent ``adapter``."""
+        sent_up = adapter.trained().tensors
+        layers = tuple(adapter.layers())
+        trains_a = all(f"{layer}.lora_A" in sent_up for layer in layers)
+        return cls(adapter.preset, adapter.rank, layers, trains_a)
 
 
 class AggregationRule(ABC):
@@ -40,23 +66,29 @@ class AggregationRule(ABC):
     def __init__(self, config: AggregationConfig) -> None:
         self.config = config
         self._initial: Adapter | None = None
-        self._ranks: dict[str, int] = {}
+        self._shares: dict[str, Share] = {}
+        self._whole: Share | None = None
         self._dense: dict[str, Tensor] = {}
         self._round: dict[str, float] | None = None  # site -> weight, of the replies folded so far
         self._dense_sums: dict[str, Tensor] = {}
 
     # ---- what a rule is asked -------------------------------------------------------------------
 
-    def start(self, initial: Adapter, ranks: Mapping[str, int]) -> None:
-        """Begin a run from ``initial``; ``ranks`` gives each site's rank of trainable factors.
+    def start(self, initial: Adapter, shares: Mapping[str, Share], whole: Share | None = None) -> None:
+        """Begin a run from ``initial``, which holds every layer that a site trains, at the highest rank.
+
+        Args:
+            shares: what each site trains.
+            whole: what the global adapter shows as trainable; None: all that ``initial`` has.
 
         Raises:
-            ConfigError: if a rank is not served by this rule; every such site is listed.
+            ConfigError: if a share is not served by this rule; every such site is listed.
             ArtefactError: if ``initial`` lacks a factor.
         """
-        self._check_start(initial, ranks)
+        self._check_start(initial, shares)
         self._initial = initial
-        self._ranks = dict(ranks)
+        self._shares = dict(shares)
+        self._whole = whole or Share.of(initial)
         self._dense = {
             name: tensor.clone() for name, tensor in initial.tensors.items() if not is_factor(name)
         }
@@ -64,15 +96,21 @@ class AggregationRule(ABC):
         self._start_layers(initial)
 
     def adapter_for(self, site: str) -> Adapter:
-        """What ``site`` is sent: trainable factors of its rank, folded factors if any, dense tensors.
+        """What ``site`` is sent: factors of its own rank and layers, folded factors if any, dense tensors.
 
         Raises ``ArtefactError`` for a site that `start` was not told of.
         """
-        return self._adapter(self._rank_of(site))
+        return self._adapter(self.share_of(site))
 
     def global_adapter(self) -> Adapter:
-        """The teacher's adapter, at the initial adapter's rank: what every site would be sent."""
-        return self._adapter(self._started.rank)
+        """The teacher's adapter; the same function of an image as what every site is sent."""
+        return self._adapter(self._whole_share)
+
+    def share_of(self, site: str) -> Share:
+        """Raises ``ArtefactError`` for a site that `start` was not told of."""
+        if site not in self._shares:
+            raise ArtefactError(f"site {site!r} is not in this run; known: {', '.join(sorted(self._shares))}")
+        return self._shares[site]
 
     def open_round(self) -> None:
         """Begin a round; whatever an unfinished one had folded is dropped."""
@@ -93,10 +131,12 @@ class AggregationRule(ABC):
         weight = float(update.weight)
         for name, total in self._dense_sums.items():
             total.add_(tensors[name].to(torch.float64), alpha=weight)
-        for layer in self._started.layers():
-            a = tensors[f"{layer}.lora_A"].to(torch.float64)
-            b = tensors[f"{layer}.lora_B"].to(torch.float64)
-            self._fold_layer(layer, a, b, weight)
+        share = self.share_of(site)
+        for layer in share.layers:
+            # Where A is fixed, the site has the one that it was sent.
+            a = tensors[f"{layer}.lora_A"] if share.trains_a else self._factors(layer, share)["lora_A"]
+            b = tensors[f"{layer}.lora_B"]
+            self._fold_layer(layer, a.to(torch.float64), b.to(torch.float64), weight)
         weights[site] = weight
 
     def close_round(self) -> float:
@@ -130,9 +170,11 @@ class AggregationRule(ABC):
         parts: dict[str, Tensor] = {
             "meta/rule": _to_bytes(self.name),
             "meta/base_sha256": _to_bytes(initial.base_sha256),
+            "meta/preset": _to_bytes(initial.preset),
             "meta/rank": torch.tensor(initial.rank),
         }
-        parts |= {f"rank/{site}": torch.tensor(rank) for site, rank in self._ranks.items()}
+        shares = {"meta/whole": self._whole_share} | {f"share/{site}": s for site, s in self._shares.items()}
+        parts |= {name: _to_bytes(canonical_json(asdict(share))) for name, share in shares.items()}
         parts |= {f"initial/{name}": tensor.clone() for name, tensor in initial.tensors.items()}
         parts |= {f"dense/{name}": tensor.clone() for name, tensor in self._dense.items()}
         parts |= {f"layers/{name}": tensor.clone() for name, tensor in self._layer_state().items()}
@@ -145,8 +187,10 @@ class AggregationRule(ABC):
         """
         try:
             rule, base = _to_text(state["meta/rule"]), _to_text(state["meta/base_sha256"])
-            rank = int(state["meta/rank"])
-        except (KeyError, ValueError) as error:
+            preset, rank = _to_text(state["meta/preset"]), int(state["meta/rank"])
+            whole = _to_share(state["meta/whole"])
+            shares = {site: _to_share(text) for site, text in _below(state, "share").items()}
+        except (KeyError, ValueError, TypeError) as error:
             raise ArtefactError(f"not a state of an aggregation rule: {error}") from error
         if rule != self.name:
             raise ArtefactError(
@@ -154,7 +198,7 @@ class AggregationRule(ABC):
             )
         if self._initial is not None and self._initial.base_sha256 != base:
             raise ArtefactError("the state belongs to another base model than the adapter of this run")
-        initial = Adapter(_below(state, "initial"), base, rank)
+        initial = Adapter(_below(state, "initial"), base, rank, preset)
         dense, layers = _below(state, "dense"), _below(state, "layers")
         wanted_dense = {name for name in initial.tensors if not is_factor(name)}
         wanted_layers = set(self._layer_state_names(initial))
@@ -164,7 +208,7 @@ class AggregationRule(ABC):
                 f"the state is not whole; missing: {missing or 'nothing, but it holds strange tensors'}"
             )
         self._initial = initial
-        self._ranks = {site: int(tensor) for site, tensor in _below(state, "rank").items()}
+        self._shares, self._whole = shares, whole
         self._dense = dense
         self._round = None
         self._restore_layers(layers)
@@ -172,15 +216,15 @@ class AggregationRule(ABC):
     # ---- what a rule says of the factors --------------------------------------------------------
 
     @abstractmethod
-    def _check_ranks(self, initial: Adapter, ranks: Mapping[str, int]) -> list[str]:
+    def _check_shares(self, initial: Adapter, shares: Mapping[str, Share]) -> list[str]:
         """Faults, one line a site."""
 
     @abstractmethod
     def _start_layers(self, initial: Adapter) -> None: ...
 
     @abstractmethod
-    def _factors(self, layer: str, rank: int) -> dict[str, Tensor]:
-        """Suffix (`FACTOR_SUFFIXES`) -> tensor to send a site of ``rank``; never an alias."""
+    def _factors(self, layer: str, share: Share) -> dict[str, Tensor]:
+        """Suffix (`FACTOR_SUFFIXES`) -> tensor to send a site of ``share``; never an alias."""
 
     @abstractmethod
     def _open_layers(self) -> None: ...
@@ -210,45 +254,47 @@ class AggregationRule(ABC):
         return self._initial
 
     @property
+    def _whole_share(self) -> Share:
+        assert self._whole is not None, "start() or restore() comes first"
+        return self._whole
+
+    @property
     def _open(self) -> dict[str, float]:
         assert self._round is not None, "open_round() comes first"
         return self._round
 
-    def _rank_of(self, site: str) -> int:
-        if site not in self._ranks:
-            raise ArtefactError(f"site {site!r} is not in this run; known: {', '.join(sorted(self._ranks))}")
-        return self._ranks[site]
-
-    def _adapter(self, rank: int) -> Adapter:
+    def _adapter(self, share: Share) -> Adapter:
         initial = self._started
         tensors = {name: tensor.clone() for name, tensor in self._dense.items()}
         for layer in initial.layers():
-            for suffix, tensor in self._factors(layer, rank).items():
+            for suffix, tensor in self._factors(layer, share).items():
                 tensors[f"{layer}.{suffix}"] = tensor
-        return Adapter(tensors, initial.base_sha256, rank)
+        return Adapter(tensors, initial.base_sha256, share.rank, share.preset)
 
-    def _check_start(self, initial: Adapter, ranks: Mapping[str, int]) -> None:
+    def _check_start(self, initial: Adapter, shares: Mapping[str, Share]) -> None:
         factors = {name for name in initial.tensors if is_factor(name) and ".lora_" in name}
-        halves = {f"{layer}.{suffix}" for layer in initial.layers() for suffix in ("lora_A", "lora_B")}
+        layers = {name.rpartition(".")[0] for name in factors}
+        halves = {f"{layer}.{suffix}" for layer in layers for suffix in ("lora_A", "lora_B")}
         if factors != halves:
             raise ArtefactError(f"the initial adapter lacks one factor of: {sorted(factors ^ halves)}")
-        faults = self._check_ranks(initial, ranks)
-        if not ranks:
+        faults = self._check_shares(initial, shares)
+        if not shares:
             faults.append("there is no site")
         if faults:
-            raise ConfigError(f"aggregation.rule {self.name!r} cannot serve these ranks", faults)
+            raise ConfigError(f"aggregation.rule {self.name!r} cannot serve these adapters", faults)
 
     def _check_update(self, site: str, update: AdapterUpdate) -> None:
         if site in self._open:
             raise ArtefactError(f"site {site!r} has already replied in this round")
-        rank = self._rank_of(site)
+        share = self.share_of(site)
         if not (math.isfinite(update.weight) and update.weight > 0):
             raise ArtefactError(f"site {site!r} declares weight {update.weight}; it must be above 0")
         wanted = {name: tuple(tensor.shape) for name, tensor in self._dense.items()}
-        for layer in self._started.layers():
+        for layer in share.layers:
             a, b = self._started.tensors[f"{layer}.lora_A"], self._started.tensors[f"{layer}.lora_B"]
-            wanted[f"{layer}.lora_A"] = (rank, a.shape[1])
-            wanted[f"{layer}.lora_B"] = (b.shape[0], rank)
+            if share.trains_a:
+                wanted[f"{layer}.lora_A"] = (share.rank, a.shape[1])
+            wanted[f"{layer}.lora_B"] = (b.shape[0], share.rank)
         got = {name: tuple(tensor.shape) for name, tensor in update.adapter.tensors.items()}
         faults = [f"{name}: wanted shape {shape}" for name, shape in wanted.items() if got.get(name) != shape]
         if strange := len(got.keys() - wanted.keys()):
@@ -264,6 +310,11 @@ def _to_bytes(text: str) -> Tensor:
 
 def _to_text(tensor: Tensor) -> str:
     return bytes(tensor.tolist()).decode()
+
+
+def _to_share(tensor: Tensor) -> Share:
+    value = json.loads(_to_text(tensor))
+    return Share(value["preset"], value["rank"], tuple(value["layers"]), value["trains_a"])
 
 
 def _below(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ The server keeps each layer's whole change ``G`` (out, in) and adds the mean of 
 
 with the weights ``p_k`` normalised over the sites that replied. Down goes the singular value
 decomposition of ``G``: to a site of rank r its first r components as trainable factors, and the rest as
-factors that the site folds into its frozen base. So ``W0 + folded + B_k A_k = W0 + G`` for every rank,
-nothing is re-initialised, and no cross term of two sites appears.
+factors that the site folds into its frozen base; of a layer that the site does not train, all of it is
+folded. So ``W0 + folded + B_k A_k = W0 + G`` for every rank and preset, nothing is re-initialised, and no
+cross term of two sites appears. A site that trains B alone has the A that it was sent: ``A'_k = A_k``.
 
 Two things bound what goes down: ``energy``, the share of ``||G||^2`` that the components must hold, and
 ``max_rank``. What they cut off stays in ``G`` and comes with a later round (error feedback).
@@ -25,7 +26,7 @@ from torch import Tensor
 from common.adapter import Adapter
 from common.errors import ConfigError
 from common.recipe import AggregationConfig
-from server.aggregation.base import AggregationRule
+from server.aggregation.base import AggregationRule, Share
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,19 @@ class ExactSplit(AggregationRule):
         if faults:
             raise ConfigError("exact_split has a setting out of its range", faults)
 
-    def _check_ranks(self, initial: Adapter, ranks: Mapping[str, int]) -> list[str]:
+    def _check_shares(self, initial: Adapter, shares: Mapping[str, Share]) -> list[str]:
+        known = initial.layers()
         faults = [
-            f"site {site!r} has rank {rank}; it must lie in 1 to {initial.rank}, the initial adapter's rank"
-            for site, rank in sorted(ranks.items())
-            if not 1 <= rank <= initial.rank
+            f"site {site!r} has rank {share.rank}; it must lie in 1 to {initial.rank}, the highest of the run"
+            for site, share in sorted(shares.items())
+            if share.layers and not 1 <= share.rank <= initial.rank
         ]
+        for site, share in sorted(shares.items()):
+            if strange := sorted(set(share.layers) - set(known)):
+                faults.append(f"site {site!r} trains layers that the run does not have: {strange}")
+            # Its weight would count twice: inside the fused layer, and as the part that was cut from it.
+            if cut := [name for name in share.layers if any(name.startswith(f"{other}.") for other in known)]:
+                faults.append(f"site {site!r} trains parts of layers that others train whole: {cut}")
         if self.config.max_rank < initial.rank:
             faults.append(
                 f"aggregation.max_rank {self.config.max_rank} is below the adapter's rank {initial.rank}"
@@ -105,12 +113,15 @@ class ExactSplit(AggregationRule):
         b = torch.cat([down.b[:, :have], down.b.new_zeros(down.b.shape[0], rank - have)], dim=1)
         return a, b
 
-    def _factors(self, layer: str, rank: int) -> dict[str, Tensor]:
-        a, b = self._trainable(layer, rank)
-        factors = {"lora_A": a, "lora_B": b}
+    def _factors(self, layer: str, share: Share) -> dict[str, Tensor]:
+        factors, first_folded = {}, 0
+        if layer in share.layers:
+            first_folded = share.rank
+            factors["lora_A"], factors["lora_B"] = self._trainable(layer, share.rank)
         down = self._down[layer]
-        if down.a.shape[0] > rank:
-            factors |= {"folded_A": down.a[rank:].clone(), "folded_B": down.b[:, rank:].clone()}
+        if down.a.shape[0] > first_folded:
+            folded_a, folded_b = down.a[first_folded:].clone(), down.b[:, first_folded:].clone()
+            factors |= {"folded_A": folded_a, "folded_B": folded_b}
         return factors
 
     def _open_layers(self) -> None:

@@ -14,24 +14,25 @@ import torch
 from torch import Tensor
 
 from common.adapter import Adapter
-from server.aggregation.base import AggregationRule
+from server.aggregation.base import AggregationRule, Share
 
 
 class FedIT(AggregationRule):
     name: ClassVar[str] = "fedit"
 
-    def _check_ranks(self, initial: Adapter, ranks: Mapping[str, int]) -> list[str]:
+    def _check_shares(self, initial: Adapter, shares: Mapping[str, Share]) -> list[str]:
+        whole = Share.of(initial)
         return [
-            f"site {site!r} has rank {rank}, the adapter {initial.rank}: factors of different ranks "
-            "have no mean; use aggregation.rule=exact_split"
-            for site, rank in sorted(ranks.items())
-            if rank != initial.rank
+            f"site {site!r} has {share.preset} of rank {share.rank}, the adapter {whole.preset} of rank "
+            f"{whole.rank}: factors of other layers or ranks have no mean; use aggregation.rule=exact_split"
+            for site, share in sorted(shares.items())
+            if share != whole
         ]
 
     def _start_layers(self, initial: Adapter) -> None:
         self._factor_means = {name: t.clone() for name, t in initial.tensors.items() if ".lora_" in name}
 
-    def _factors(self, layer: str, rank: int) -> dict[str, Tensor]:
+    def _factors(self, layer: str, share: Share) -> dict[str, Tensor]:
         factors = {suffix: self._factor_means[f"{layer}.{suffix}"].clone() for suffix in ("lora_A", "lora_B")}
         return factors | {suffix: tensor.clone() for suffix, tensor in self._folded(layer).items()}
 

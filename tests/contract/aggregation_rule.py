@@ -1,15 +1,11 @@
-"""What every aggregation rule promises: the base classes that each rule's test class inherits.
-
-The oracle is dense algebra: it keeps full weight matrices, adds to each site's matrix what the site
-trained, and averages the matrices.
-"""
+"""What every aggregation rule promises: the base classes that each rule's test class inherits."""
 
 from __future__ import annotations
 
 import gc
-import math
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,88 +17,44 @@ from torch import Tensor
 from common.adapter import Adapter, AdapterUpdate
 from common.errors import ArtefactError, ConfigError, FederationError
 from common.recipe import AggregationConfig
-from server.aggregation import build_rule
+from server.aggregation import Share, build_rule
 from server.aggregation.base import AggregationRule
-
-LAYERS = {"encoder.0.qkv": (12, 10), "encoder.0.proj": (9, 14)}
-BASE = "ab" * 32
-EVERYTHING_GOES_DOWN = {"energy": 1.0, "max_rank": 64}
-
-
-def initial_adapter(rank: int, seed: int = 0) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {
-        "head.weight": torch.randn(3, 5, generator=generator),
-        "head.bias": torch.randn(3, generator=generator),
-    }
-    for layer, (out, width) in LAYERS.items():
-        tensors[f"{layer}.lora_A"] = torch.randn(rank, width, generator=generator) / width**0.5
-        tensors[f"{layer}.lora_B"] = torch.zeros(out, rank)
-    return Adapter(tensors, BASE, rank)
-
-
-def train(adapter: Adapter, seed: int, weight: float = 1.0, scale: float = 0.3) -> AdapterUpdate:
-    """What a site sends back: everything it was sent as trainable, moved at random."""
-    generator = torch.Generator().manual_seed(seed)
-    moved = {
-        name: tensor + scale * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in sorted(adapter.trained().tensors.items())
-    }
-    return AdapterUpdate(Adapter(moved, adapter.base_sha256, adapter.rank), weight, adapter.digest)
-
-
-def site_weights(sent: Adapter, update: AdapterUpdate) -> dict[str, Tensor]:
-    """The site's whole weight change after training: what it folded into its base, and what it trained."""
-    whole = {}
-    for layer in sent.layers():
-        tensors = update.adapter.tensors
-        change = tensors[f"{layer}.lora_B"].double() @ tensors[f"{layer}.lora_A"].double()
-        if f"{layer}.folded_A" in sent.tensors:
-            change += sent.tensors[f"{layer}.folded_B"].double() @ sent.tensors[f"{layer}.folded_A"].double()
-        whole[layer] = change
-    return whole
-
-
-def dense_mean(parts: Sequence[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    total = sum(weight for weight, _ in parts)
-    return {name: sum(weight * part[name] for weight, part in parts) / total for name in parts[0][1]}
-
-
-def changes(adapter: Adapter) -> dict[str, Tensor]:
-    return {layer: adapter.change(layer).double() for layer in adapter.layers()}
-
-
-def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    assert left.keys() == right.keys()
-    return max(float((left[name] - right[name]).abs().max()) for name in left)
-
-
-def frobenius(parts: dict[str, Tensor]) -> float:
-    return math.sqrt(sum(float(part.square().sum()) for part in parts.values()))
-
-
-def play(rule: AggregationRule, updates: dict[str, AdapterUpdate]) -> float:
-    rule.open_round()
-    for site, update in updates.items():
-        rule.fold(site, update)
-    return rule.close_round()
-
-
-def same_tensors(left: Adapter, right: Adapter) -> bool:
-    return left.tensors.keys() == right.tensors.keys() and all(
-        torch.equal(tensor, right.tensors[name]) for name, tensor in left.tensors.items()
-    )
+from tests.contract.dense_algebra import (
+    BASE,
+    EVERYTHING_GOES_DOWN,
+    LAYERS,
+    changes,
+    dense_mean,
+    distance,
+    frobenius,
+    initial_adapter,
+    play,
+    same_tensors,
+    shares_of,
+    site_weights,
+    train,
+)
 
 
 class AggregationRuleContract:
-    """Inherited by one class a rule. ``ranks`` are ones that the rule serves, in sorted order of sites."""
+    """Inherited by one class a rule. ``ranks`` are ones that the rule serves, in sorted order of sites.
+
+    ``layers`` names those that a site trains, where it does not train them all; ``fixed_a`` the sites that
+    train B alone.
+    """
 
     rule: ClassVar[str] = ""
     ranks: ClassVar[dict[str, int]] = {}
+    layers: ClassVar[dict[str, tuple[str, ...]]] = {}
+    fixed_a: ClassVar[tuple[str, ...]] = ()
+
+    def shares(self) -> dict[str, Share]:
+        found = shares_of(self.ranks, self.layers)
+        return found | {site: replace(found[site], preset="dp", trains_a=False) for site in self.fixed_a}
 
     def started(self, **settings: float) -> AggregationRule:
         rule = build_rule(AggregationConfig(rule=self.rule, **(EVERYTHING_GOES_DOWN | settings)))
-        rule.start(initial_adapter(max(self.ranks.values())), self.ranks)
+        rule.start(initial_adapter(max(self.ranks.values())), self.shares())
         return rule
 
     def updates(self, rule: AggregationRule, seed: int, weights: Sequence[float]) -> dict[str, AdapterUpdate]:
@@ -118,7 +70,7 @@ class AggregationRuleContract:
         for site, rank in self.ranks.items():
             sent = rule.adapter_for(site)
             assert (sent.rank, sent.base_sha256) == (rank, BASE)
-            for layer in LAYERS:
+            for layer in self.layers.get(site, tuple(LAYERS)):
                 assert torch.equal(sent.tensors[f"{layer}.lora_A"], initial.tensors[f"{layer}.lora_A"][:rank])
                 assert not sent.tensors[f"{layer}.lora_B"].any()
 
@@ -127,7 +79,9 @@ class AggregationRuleContract:
         for seed in range(3):
             for site, rank in self.ranks.items():
                 tensors = rule.adapter_for(site).tensors
-                for layer, (out, width) in LAYERS.items():
+                assert rule.adapter_for(site).layers() == sorted(self.layers.get(site, tuple(LAYERS)))
+                for layer in rule.adapter_for(site).layers():
+                    out, width = LAYERS[layer]
                     assert tensors[f"{layer}.lora_A"].shape == (rank, width)
                     assert tensors[f"{layer}.lora_B"].shape == (out, rank)
                 assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
@@ -147,7 +101,8 @@ class AggregationRuleContract:
 
     def test_identical_sites_give_each(self) -> None:
         rule = self.started()
-        twins = [site for site, rank in self.ranks.items() if rank == self.ranks[next(iter(self.ranks))]]
+        shares = self.shares()
+        twins = [site for site, share in shares.items() if share == shares[next(iter(shares))]]
         assert len(twins) >= 2
         for seed in range(3):
             sent = rule.adapter_for(twins[0])
@@ -314,7 +269,7 @@ class AggregationRuleContract:
         tensors = dict(good.adapter.tensors)
 
         def with_tensors(new: dict[str, Tensor]) -> AdapterUpdate:
-            return AdapterUpdate(Adapter(new, BASE, good.adapter.rank), 1.0, good.started_from)
+            return AdapterUpdate(replace(good.adapter, tensors=new), 1.0, good.started_from)
 
         bad = [
             AdapterUpdate(good.adapter, 0.0, ""),
@@ -359,12 +314,12 @@ class AggregationRuleContract:
     def test_start_without_sites_or_with_half_a_layer_is_refused(self) -> None:
         rule = build_rule(AggregationConfig(rule=self.rule))
         rank = max(self.ranks.values())
-        with pytest.raises(ConfigError, match="ranks"):
+        with pytest.raises(ConfigError, match="adapters"):
             rule.start(initial_adapter(rank), {})
         tensors = dict(initial_adapter(rank).tensors)
         del tensors[f"{next(iter(LAYERS))}.lora_B"]
         with pytest.raises(ArtefactError, match="lora_B"):
-            rule.start(Adapter(tensors, BASE, rank), self.ranks)
+            rule.start(Adapter(tensors, BASE, rank, "base"), self.shares())
 
 
 class ExactRuleContract(AggregationRuleContract):
@@ -380,21 +335,14 @@ class ExactRuleContract(AggregationRuleContract):
                 del updates["b"]
             parts = []
             for site, update in updates.items():
-                sent = changes_of_trainable(rule.adapter_for(site))
-                came = changes_of_trainable(update.adapter)
+                sent = rule.adapter_for(site)
+                before, after = changes(sent), site_weights(sent, update)
                 # A site's own copy of the full weights: where all started, and what its training added.
                 parts.append(
-                    (update.weight, {name: oracle[name] + came[name] - sent[name] for name in oracle})
+                    (update.weight, {name: oracle[name] + after[name] - before[name] for name in oracle})
                 )
             oracle = dense_mean(parts)
             assert play(rule, updates) <= 1e-6
             for site in self.ranks:
                 assert distance(changes(rule.adapter_for(site)), oracle) <= 1e-6, (seed, site)
             assert distance(changes(rule.global_adapter()), oracle) <= 1e-6
-
-
-def changes_of_trainable(adapter: Adapter) -> dict[str, Tensor]:
-    return {
-        layer: adapter.tensors[f"{layer}.lora_B"].double() @ adapter.tensors[f"{layer}.lora_A"].double()
-        for layer in adapter.layers()
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -12,19 +13,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.adapter import Adapter, AdapterUpdate
-from common.errors import ConfigError
+from common.errors import ArtefactError, ConfigError
 from common.recipe import AggregationConfig
-from server.aggregation import RULES, build_rule
-from tests.contract.aggregation_rule import (
+from server.aggregation import RULES, Share, build_rule
+from tests.contract.aggregation_rule import AggregationRuleContract, ExactRuleContract
+from tests.contract.dense_algebra import (
     BASE,
     LAYERS,
-    AggregationRuleContract,
-    ExactRuleContract,
     changes,
     dense_mean,
     distance,
     initial_adapter,
     play,
+    shares_of,
     site_weights,
     train,
 )
@@ -38,7 +39,7 @@ class TestExactSplit(ExactRuleContract):
         """Error feedback: what one round cannot send, later rounds send, and nothing is lost."""
         ranks = dict.fromkeys("abcd", 2)
         rule = build_rule(AggregationConfig(rule=self.rule, energy=1.0, max_rank=2))
-        rule.start(initial_adapter(2), ranks)
+        rule.start(initial_adapter(2), shares_of(ranks))
         updates = {site: train(rule.adapter_for(site), index) for index, site in enumerate(ranks)}
         sent = {site: rule.adapter_for(site) for site in ranks}
         target = dense_mean([(1.0, site_weights(sent[site], update)) for site, update in updates.items()])
@@ -100,7 +101,7 @@ class TestExactSplit(ExactRuleContract):
         begun = first.global_adapter()
         assert any("folded_A" in name for name in begun.tensors)
         second = build_rule(first.config)
-        second.start(begun, self.ranks)
+        second.start(begun, self.shares())
         assert distance(changes(second.global_adapter()), changes(begun)) <= 1e-6
 
     def test_settings_out_of_range_are_all_named(self) -> None:
@@ -109,7 +110,7 @@ class TestExactSplit(ExactRuleContract):
         assert len(caught.value.faults) == 2
         rule = build_rule(AggregationConfig(rule=self.rule, max_rank=3))
         with pytest.raises(ConfigError) as caught:
-            rule.start(initial_adapter(4), {"a": 4, "b": 5, "c": 0})
+            rule.start(initial_adapter(4), shares_of({"a": 4, "b": 5, "c": 0}))
         assert len(caught.value.faults) == 3
 
 
@@ -123,6 +124,59 @@ class TestExactSplitMixedRanks(ExactRuleContract):
             play(rule, self.updates(rule, seed, [1.0, 2.0, 3.0, 4.0]))
             for site in self.ranks:
                 assert distance(changes(rule.adapter_for(site)), changes(rule.global_adapter())) <= 1e-6
+
+
+class TestExactSplitMixedPresets(ExactRuleContract):
+    """Sites of several ranks that train other layers of the encoder, one of them B alone."""
+
+    rule: ClassVar[str] = "exact_split"
+    ranks: ClassVar[dict[str, int]] = {"a": 2, "b": 4, "c": 8, "d": 2}
+    layers: ClassVar[dict[str, tuple[str, ...]]] = {"a": ("encoder.0.qkv",), "d": ("encoder.0.qkv",)}
+    fixed_a: ClassVar[tuple[str, ...]] = ("b",)
+
+    def test_a_layer_that_a_site_does_not_train_is_folded_whole(self) -> None:
+        rule = self.started()
+        play(rule, self.updates(rule, 1, [1.0, 2.0, 3.0, 4.0]))
+        tensors = rule.adapter_for("a").tensors
+        assert "encoder.0.proj.lora_A" not in tensors
+        folded = tensors["encoder.0.proj.folded_B"] @ tensors["encoder.0.proj.folded_A"]
+        assert torch.allclose(folded, rule.global_adapter().change("encoder.0.proj"), atol=1e-5)
+
+    def test_a_fixed_a_never_comes_up(self) -> None:
+        rule = self.started()
+        update = train(rule.adapter_for("b"), 1)
+        assert not any(name.endswith("lora_A") for name in update.adapter.tensors)
+        whole = train(replace(rule.adapter_for("b"), preset="base"), 1)
+        rule.open_round()
+        with pytest.raises(ArtefactError, match="does not fit"):
+            rule.fold("b", whole)
+
+    def test_the_global_adapter_shows_the_layers_it_is_asked_for(self) -> None:
+        rule = build_rule(AggregationConfig(rule=self.rule, energy=1.0))
+        shown = Share("lite", 3, ("encoder.0.proj",))
+        rule.start(initial_adapter(8), self.shares(), shown)
+        play(rule, self.updates(rule, 1, [1.0, 2.0, 3.0, 4.0]))
+        adapter = rule.global_adapter()
+        assert (adapter.preset, adapter.rank, adapter.layers()) == ("lite", 3, ["encoder.0.proj"])
+        assert distance(changes(adapter), changes(rule.adapter_for("c"))) <= 1e-6
+
+    def test_parts_of_a_fused_layer_are_refused_beside_the_whole(self) -> None:
+        """Query cut out of the fused layer would be counted in both."""
+        start = initial_adapter(4)
+        extra = {f"encoder.0.qkv.q.lora_{half}": start.tensors[f"encoder.0.qkv.lora_{half}"] for half in "AB"}
+        whole = replace(start, tensors={**start.tensors, **extra})
+        shares = {"a": Share("fused", 4, ("encoder.0.qkv",)), "b": Share("base", 4, ("encoder.0.qkv.q",))}
+        with pytest.raises(ConfigError, match="adapters") as caught:
+            build_rule(AggregationConfig(rule=self.rule)).start(whole, shares)
+        (fault,) = caught.value.faults
+        assert fault.startswith("site 'b'")
+
+    def test_layers_that_the_run_does_not_have_are_refused(self) -> None:
+        with pytest.raises(ConfigError) as caught:
+            build_rule(AggregationConfig(rule=self.rule)).start(
+                initial_adapter(4), {"a": Share("base", 4, ("encoder.9.qkv",))}
+            )
+        assert "encoder.9.qkv" in caught.value.faults[0]
 
 
 class TestFedIT(AggregationRuleContract):
@@ -143,14 +197,14 @@ class TestFedIT(AggregationRuleContract):
     def test_cross_terms_show_in_the_residual(self) -> None:
         """Two sites that moved apart: the product of means is half their sum, by hand."""
         rule = build_rule(AggregationConfig(rule=self.rule))
-        start = Adapter({"l.lora_A": torch.tensor([[1.0, 0.0]]), "l.lora_B": torch.zeros(2, 1)}, BASE, 1)
-        rule.start(start, {"a": 1, "b": 1})
-        one = Adapter(
-            {"l.lora_A": torch.tensor([[1.0, 0.0]]), "l.lora_B": torch.tensor([[1.0], [0.0]])}, BASE, 1
-        )
-        two = Adapter(
-            {"l.lora_A": torch.tensor([[0.0, 1.0]]), "l.lora_B": torch.tensor([[0.0], [1.0]])}, BASE, 1
-        )
+
+        def adapter(a: list[list[float]], b: list[list[float]]) -> Adapter:
+            return Adapter({"l.lora_A": torch.tensor(a), "l.lora_B": torch.tensor(b)}, BASE, 1, "base")
+
+        start = adapter([[1.0, 0.0]], [[0.0], [0.0]])
+        rule.start(start, dict.fromkeys("ab", Share.of(start)))
+        one = adapter([[1.0, 0.0]], [[1.0], [0.0]])
+        two = adapter([[0.0, 1.0]], [[0.0], [1.0]])
         residual = play(rule, {"a": AdapterUpdate(one, 1.0, ""), "b": AdapterUpdate(two, 1.0, "")})
         # down = [[1/4, 1/4], [1/4, 1/4]], mean = [[1/2, 0], [0, 1/2]]
         assert torch.equal(rule.global_adapter().change("l"), torch.full((2, 2), 0.25))
@@ -169,7 +223,7 @@ class TestFedIT(AggregationRuleContract):
     def test_mixed_ranks_are_refused_with_every_site_named(self) -> None:
         rule = build_rule(AggregationConfig(rule=self.rule))
         with pytest.raises(ConfigError, match="exact_split") as caught:
-            rule.start(initial_adapter(4), {"a": 4, "b": 2, "c": 8})
+            rule.start(initial_adapter(4), shares_of({"a": 4, "b": 2, "c": 8}))
         assert len(caught.value.faults) == 2
 
 
@@ -194,6 +248,46 @@ def test_exact_split_is_the_dense_mean_for_any_ranks_weights_and_replies(
         parts = [(update.weight, site_weights(sent[site], update)) for site, update in updates.items()]
         assert play(rule, updates) <= 1e-6
         assert distance(changes(rule.global_adapter()), dense_mean(parts)) <= 2e-6
+
+
+SHARES = st.tuples(
+    st.integers(1, 8),
+    st.sets(st.sampled_from(sorted(LAYERS)), min_size=1).map(lambda layers: tuple(sorted(layers))),
+    st.booleans(),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(chosen=st.lists(SHARES, min_size=4, max_size=4), order=st.permutations("abcd"), data=st.data())
+def test_exact_split_is_exact_to_1e_9_for_any_mixture_of_presets_and_ranks(
+    chosen: list[tuple[int, tuple[str, ...], bool]], order: list[str], data: st.DataObject
+) -> None:
+    """Dense algebra in float64 over three rounds; in another order of the sites it is the same."""
+    shares = {
+        site: Share("base" if trains_a else "dp", rank, layers, trains_a)
+        for site, (rank, layers, trains_a) in zip("abcd", chosen, strict=True)
+    }
+    start = initial_adapter(8)
+    start = replace(start, tensors={name: tensor.double() for name, tensor in start.tensors.items()})
+    rule, other = (build_rule(AggregationConfig("exact_split", energy=1.0)) for _ in range(2))
+    for each in (rule, other):
+        each.start(start, shares)
+    oracle = {layer: torch.zeros(shape, dtype=torch.float64) for layer, shape in LAYERS.items()}
+    for seed in range(3):
+        weights = data.draw(st.lists(st.integers(1, 1000), min_size=4, max_size=4))
+        sent = {site: rule.adapter_for(site) for site in "abcd"}
+        for site in "abcd":
+            assert distance(changes(sent[site]), oracle) <= 1e-9
+        updates = {
+            site: train(sent[site], seed * 10 + index, weight)
+            for index, (site, weight) in enumerate(zip("abcd", weights, strict=True))
+        }
+        oracle = dense_mean([(u.weight, site_weights(sent[site], u)) for site, u in updates.items()])
+        play(rule, updates)
+        play(other, {site: updates[site] for site in order})
+    for site in "abcd":
+        assert distance(changes(rule.adapter_for(site)), oracle) <= 1e-9
+        assert distance(changes(other.adapter_for(site)), oracle) <= 1e-9
 
 
 def test_every_registered_rule_has_a_contract_class() -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,6 +216,22 @@ def test_an_adapter_of_another_base_is_refused(smoke_run: FinishedRun, elsewhere
     assert result.exit_code == 12
     assert f"{path} belongs to base abababababab" in result.stderr
     assert "remove it and run again with --resume" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"preset": "wide"}, "is wide of rank 8"), ({"rank": 4}, "is base of rank 4")],
+    ids=["preset", "rank"],
+)
+def test_an_adapter_of_another_preset_or_rank_is_refused(
+    smoke_run: FinishedRun, elsewhere: Path, change: dict[str, Any], said: str
+) -> None:
+    run = smoke_run.copy(elsewhere)
+    path = run / "teacher/adapter.safetensors"
+    replace(Adapter.load(path), **change).save(path)
+    result = walks.invoke("simulate", "smoke", "--out", run, "--resume")
+    assert result.exit_code == 12
+    assert f"{path} {said}, this run's is base of rank 8" in result.stderr
 
 
 def test_an_adapter_that_is_not_the_runs_is_refused(smoke_run: FinishedRun, elsewhere: Path) -> None:

@@ -59,7 +59,7 @@ def wardround(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_published_commands_are_there() -> None:
     published = {
         "demo", "simulate", "recipes", "validate", "report", "data check", "data describe", "teacher list",
-        "teacher info", "student predict", "student evaluate", "doctor",
+        "teacher info", "teacher import", "student predict", "student evaluate", "doctor",
     }  # fmt: skip
     assert published <= {" ".join(path) for path in PATHS}
 

@@ -22,6 +22,7 @@ from common.adapter import Adapter, AdapterUpdate
 from common.errors import DataError, DeadlinePassed, PolicyRefusal
 from common.guard_api import Metric, PlanAnswer, SiteCounts, SiteMetrics, StudentNote
 from common.plan import Round, RunPlan, Stage
+from common.presets import GENERATOR
 from common.recipe import GeneratorScope, Recipe
 from common.seeding import derive_seed
 from common.style import STYLE_BOUNDS, StyleGroup, StyleSummary
@@ -36,21 +37,23 @@ def late() -> None:
     """Lets time pass: a test moves its clock here."""
 
 
-def first_adapter() -> Adapter:
-    """Two layers of LoRA and a dense head."""
+def first_adapter(rank: int = 2) -> Adapter:
+    """Two layers of LoRA and a dense head; the first rows are the same at every rank."""
     generator = torch.Generator().manual_seed(7)
     tensors = {}
     for layer in ("encoder.layers.0.attn.qkv", "encoder.layers.1.attn.qkv"):
-        tensors[f"{layer}.lora_A"] = torch.randn(2, 8, generator=generator)
-        tensors[f"{layer}.lora_B"] = torch.zeros(12, 2)
+        tensors[f"{layer}.lora_A"] = torch.randn(3, 8, generator=generator)[:rank]
+        tensors[f"{layer}.lora_B"] = torch.zeros(12, rank)
     tensors["decoder.head.weight"] = torch.randn(3, 4, generator=generator)
-    return Adapter(tensors, BASE, 2)
+    return Adapter(tensors, BASE, rank, "base")
 
 
 def first_adapters(recipe: Recipe) -> FirstAdapters:
     """In place of `server.planning.first_adapters`, which loads real models."""
-    adapter = first_adapter()
-    return FirstAdapters(adapter, adapter if recipe.generator.scope is GeneratorScope.federated else None)
+    federated = recipe.generator.scope is GeneratorScope.federated
+    generator = replace(first_adapter(), preset=GENERATOR)
+    ranks = dict.fromkeys([2, *(site.rank for site in recipe.sites if site.rank is not None)])
+    return FirstAdapters([first_adapter(rank) for rank in ranks], generator if federated else None)
 
 
 class FakeGuard:
@@ -68,7 +71,9 @@ class FakeGuard:
         if wrong == "disagree":
             answer = PlanAnswer(self.site, False, plan.digest, "REFUSED_POLICY", "max_rounds")
         else:
-            answer = PlanAnswer("a" if wrong == "impostor" else self.site, True, plan.digest)
+            name = "a" if wrong == "impostor" else self.site
+            rank = 3 if wrong == "another rank" else 2
+            answer = PlanAnswer(name, True, plan.digest, preset="base", rank=rank)
         self._egress().release_numbers(Stage.propose, 0, "answer", asdict(answer))
         return answer
 
@@ -108,7 +113,9 @@ class FakeGuard:
     # ---- inside ---------------------------------------------------------------------------------
 
     def _egress(self) -> Egress:
-        return Egress(self.site, self.folder, RunPlan.from_json((self.folder / "plan.json").read_text()))
+        plan = RunPlan.from_json((self.folder / "plan.json").read_text())
+        rank = 3 if self.behaviour.get("propose:0") == "another rank" else 2
+        return Egress(self.site, self.folder, plan, plan.variant("base", rank))
 
     def _train(self, order: Round, adapter: Adapter) -> AdapterUpdate:
         wrong = self._wrong(order)
@@ -117,7 +124,7 @@ class FakeGuard:
             name: 0.9 * tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
             for name, tensor in sorted(adapter.trained().tensors.items())
         }
-        trained = Adapter(tensors, adapter.base_sha256, adapter.rank)
+        trained = replace(adapter, tensors=tensors)
         weight = 4.0 + ord(self.site[-1]) % 7
         update = AdapterUpdate(trained, weight, adapter.digest, losses=(1.0, 0.5))
         if wrong in TAMPER:  # a site whose egress is broken or hostile: the server must notice
@@ -153,6 +160,8 @@ TAMPER: dict[str, Callable[[AdapterUpdate], AdapterUpdate]] = {
     "extra": lambda update: _with(update, patient_0017=torch.ones(2)),
     "shape": lambda update: _with(update, decoder__head__weight=torch.ones(4, 3)),
     "base": lambda update: replace(update, adapter=replace(update.adapter, base_sha256="cd" * 32)),
+    "preset": lambda update: replace(update, adapter=replace(update.adapter, preset="lite")),
+    "rank": lambda update: replace(update, adapter=replace(update.adapter, rank=1)),
     "stale": lambda update: replace(update, started_from="ef" * 32),
     "heavy": lambda update: replace(update, weight=1e9),
     "huge": lambda update: _with(update, decoder__head__weight=torch.full((3, 4), 1e9)),

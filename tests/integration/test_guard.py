@@ -6,6 +6,7 @@ import builtins
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from common.errors import ArtefactError, ConfigError, DataError, PolicyRefusal
 from common.plan import Round, RunPlan, Stage
 from common.recipe import Recipe, SiteFile
 from common.teacher import initial_adapter
+from server.planning import build_plan
 from simulations.phantoms import write_site
 
 
@@ -48,6 +50,7 @@ def receipts(home: Path) -> list[dict[str, object]]:
 def test_a_site_agrees_and_its_answer_is_on_a_receipt(home: Path, smoke_plan: RunPlan) -> None:
     answer = guard_of(home).propose(smoke_plan, order(smoke_plan, Stage.propose))
     assert (answer.site, answer.agrees, answer.plan_sha256) == ("east", True, smoke_plan.digest)
+    assert (answer.preset, answer.rank) == ("base", 8)
     assert [line["name"] for line in receipts(home)] == ["answer"]
 
 
@@ -77,6 +80,37 @@ def test_an_order_for_a_plan_never_agreed_to_is_refused(home: Path, smoke_plan: 
     other = replace(smoke_plan, rounds=smoke_plan.rounds + 1)
     with pytest.raises(PolicyRefusal):
         guard.adapt(order(other, Stage.adapt), start)
+
+
+@pytest.mark.parametrize("said", [{"adapter": "lite"}, {"rank": 2}, {"adapter": "wide", "rank": 4}])
+def test_a_site_refuses_a_plan_that_does_not_list_what_it_trains(
+    home: Path, smoke_plan: RunPlan, said: dict[str, Any]
+) -> None:
+    guard = Guard(replace(Site.open(home), **said))
+    answer = guard.propose(smoke_plan, order(smoke_plan, Stage.propose))
+    assert (answer.agrees, answer.code, answer.field) == (False, "REFUSED_POLICY", "adapter")
+    assert (answer.preset, answer.rank) == ("", 0)
+
+
+def test_a_site_trains_and_sends_its_own_variant_and_no_other(home: Path, smoke_recipe: Recipe) -> None:
+    """The site's file says what it trains; an adapter of another preset or rank is refused unopened."""
+    east = replace(smoke_recipe.sites[0], adapter="dp", rank=2)
+    plan = build_plan(replace(smoke_recipe, sites=[east, smoke_recipe.sites[1]]), "mixed")
+    save_site(SiteFile("east", adapter="dp", rank=2, policy=smoke_recipe.policy), home / "site.yaml")
+    guard = Guard(Site.open(home))
+    answer = guard.propose(plan, order(plan, Stage.propose))
+    assert (answer.agrees, answer.preset, answer.rank) == (True, "dp", 2)
+    start = initial_adapter(guard.site.teacher(plan), plan.data, 0)
+    update = guard.adapt(order(plan, Stage.adapt), start)
+    listed = plan.variant("dp", 2)
+    assert listed is not None
+    assert set(update.adapter.tensors) == {tensor.name for tensor in listed.payload.tensors}
+    assert not any(name.endswith("lora_A") for name in update.adapter.tensors)
+    before = receipts(home)
+    for other in (initial_adapter(plan.teacher, plan.data, 0), replace(start, rank=3)):
+        with pytest.raises(ArtefactError, match="another one"):
+            guard.adapt(order(plan, Stage.adapt), other)
+    assert receipts(home) == before
 
 
 def test_a_changed_base_model_is_refused(home: Path, smoke_plan: RunPlan) -> None:

@@ -260,7 +260,7 @@ def test_live_updates_counts_an_update_until_its_last_tensor_is_gone() -> None:
     live = LiveUpdates()
 
     def update() -> AdapterUpdate:
-        found = AdapterUpdate(Adapter({"x": torch.ones(3), "y": torch.ones(2)}, "ab", 1), 1.0, "cd")
+        found = AdapterUpdate(Adapter({"x": torch.ones(3), "y": torch.ones(2)}, "ab", 1, "lite"), 1.0, "cd")
         live.watch(found)
         return found
 

@@ -63,7 +63,7 @@ ONE_FAULT = [
     ("student.keep_dice=1", "student.keep_dice", "unknown key; did you mean generator.keep_dice?"),
     ("run.seed=true", "run.seed", "expects a whole number, not True; write it as in run.seed=0"),
     ("run.seed=1.5", "run.seed", "expects a whole number, not 1.5; write it as in run.seed=0"),
-    ("teacher=null", "teacher", "is empty; give it keys (name, adapter, rank, train_decoder, ...)"),
+    ("teacher=null", "teacher", "is empty; give it keys (name, adapter, rank, decoder, ...)"),
     ("aggregation.energy=.nan", "aggregation.energy", "expects a number, not nan"),
     ("run.rounds=0", "run.rounds", "0 is out of range; it must be at least 1"),
     ("teacher.batch_size=0", "teacher.batch_size", "0 is out of range; it must be at least 1"),
@@ -139,6 +139,35 @@ def test_classes_have_their_own_names_and_labels(write: Callable[[str], str]) ->
     assert faults_of(write(TWO_SITES), "data.classes=[]")[0].startswith(
         "override: data.classes: there is no class"
     )
+
+
+def test_a_class_may_name_the_labels_of_its_parts(write: Callable[[str], str]) -> None:
+    nested = "data.classes=[{name: kidney, label: 1, also: [2]}, {name: medulla, label: 2}]"
+    data = config.load_recipe(write(TWO_SITES), [nested]).data
+    assert [item.values for item in data.classes] == [(1, 2), (2,)]
+    (shared,) = faults_of(write(TWO_SITES), nested, "data.exclusive=true")
+    assert "data.classes[1].also: classes exclude each other and kidney has [2] too" in shared
+    apart = nested.replace("also: [2]", "also: [3]")
+    assert config.load_recipe(write(TWO_SITES), [apart, "data.exclusive=true"]).data.exclusive
+    faults = faults_of(write(TWO_SITES), "data.classes=[{name: a, label: 1, also: [1, 300, 4, 4]}]")
+    assert [fault.split("also: ")[1].split(";")[0] for fault in faults] == [
+        "[300] are out of range",
+        "the class has the label value 1 twice",
+        "the class has the label value 4 twice",
+    ]
+
+
+def test_cached_views_are_a_count(write: Callable[[str], str]) -> None:
+    (fault,) = faults_of(write(TWO_SITES), "teacher.cached_views=-1", "teacher.adapter=last3")
+    assert "teacher.cached_views: -1 is out of range" in fault
+
+
+def test_cached_views_need_a_preset_that_leaves_a_prefix_frozen(write: Callable[[str], str]) -> None:
+    (fault,) = faults_of(write(TWO_SITES), "teacher.cached_views=8", "teacher.adapter=base")
+    assert "teacher.adapter: adapter base trains the first blocks" in fault
+    for adapter in ("last3", "decoder"):
+        chosen = [f"teacher.adapter={adapter}", "teacher.cached_views=8"]
+        assert config.load_recipe(write(TWO_SITES), chosen).teacher.cached_views == 8
 
 
 def test_sites_or_a_cohort_but_not_both_and_not_neither(write: Callable[[str], str], tmp_path: Path) -> None:
@@ -347,9 +376,8 @@ def test_a_site_file_is_read_and_its_faults_told_at_once(tmp_path: Path) -> None
 
 
 def test_a_saved_site_reads_back_as_the_same_site(tmp_path: Path) -> None:
-    site = SiteFile(
-        "harbour", "/data/list.csv", "unet-xs", PolicyConfig(max_payload_mb=1.0, allow_style=False)
-    )
+    policy = PolicyConfig(max_payload_mb=1.0, allow_style=False)
+    site = SiteFile("harbour", "/data/list.csv", "unet-xs", "lite", 2, policy)
     config.save_site(site, tmp_path / "new" / "site.yaml")
     assert config.load_site(tmp_path / "new" / "site.yaml") == site
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from common.adapter import Adapter
 from common.canonical import canonical_json, sha256_of
@@ -24,7 +25,7 @@ def adapter(scale: float = 1.0) -> Adapter:
         "layer.lora_B": torch.ones(4, 2),
         "head.bias": torch.tensor([0.5]),
     }
-    return Adapter(tensors, "base", 2)
+    return Adapter(tensors, "base", 2, "lite")
 
 
 @given(st.integers(0, 2**32), st.lists(st.text(max_size=5), max_size=3))
@@ -50,16 +51,18 @@ def test_adapter_round_trips_through_its_file(tmp_path: Path) -> None:
     given_adapter.save(tmp_path / "a.safetensors")
     read = Adapter.load(tmp_path / "a.safetensors")
     assert read.digest == given_adapter.digest
-    assert (read.base_sha256, read.rank, read.layers()) == ("base", 2, ["layer"])
+    assert (read.base_sha256, read.rank, read.preset, read.layers()) == ("base", 2, "lite", ["layer"])
 
 
-@pytest.mark.parametrize("change", ["value", "name", "base"])
+@pytest.mark.parametrize("change", ["value", "name", "base", "rank", "preset"])
 def test_adapter_digest_changes_with_anything_in_it(change: str) -> None:
     original = adapter()
     other = {
         "value": adapter(2.0),
         "name": replace(original, tensors={f"x{k}": v for k, v in original.tensors.items()}),
         "base": replace(original, base_sha256="other"),
+        "rank": replace(original, rank=3),
+        "preset": replace(original, preset="base"),
     }[change]
     assert other.digest != original.digest
 
@@ -75,10 +78,18 @@ def test_adapter_change_adds_folded_and_trainable_factors() -> None:
         "l.lora_A": torch.randn(2, 5), "l.lora_B": torch.randn(4, 2),
         "l.folded_A": torch.randn(3, 5), "l.folded_B": torch.randn(4, 3),
     }  # fmt: skip
-    whole = Adapter(tensors, "base", 2)
+    whole = Adapter(tensors, "base", 2, "lite")
     expected = tensors["l.lora_B"] @ tensors["l.lora_A"] + tensors["l.folded_B"] @ tensors["l.folded_A"]
     assert torch.allclose(whole.change("l"), expected)
     assert set(whole.trained().tensors) == {"l.lora_A", "l.lora_B"}
+    assert set(replace(whole, preset="dp").trained().tensors) == {"l.lora_B"}, "its A is fixed"
+    assert whole.folded_layers() == whole.layers() == ["l"]
+
+
+def test_a_file_without_its_preset_is_refused(tmp_path: Path) -> None:
+    save_file(dict(adapter().tensors), tmp_path / "old.safetensors", {"base_sha256": "base", "rank": "2"})
+    with pytest.raises(ArtefactError, match="preset"):
+        Adapter.load(tmp_path / "old.safetensors")
 
 
 def test_plan_round_trips_and_its_digest_covers_every_setting(smoke_plan: RunPlan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -362,3 +363,38 @@ def test_a_real_image_lies_as_its_mask_does() -> None:
     assert green.shape == vessels.shape == (960, 999)
     ring = torch.nn.functional.max_pool2d(vessels[None].float(), 15, 1, 7)[0].bool() & ~vessels
     assert green[vessels].mean() < 0.9 * green[ring].mean()
+
+
+# --- classes --------------------------------------------------------------------------------------
+
+NESTED = DataConfig(classes=[ClassConfig("organ", 1, also=[2]), ClassConfig("core", 2)])
+
+
+def masks_from(folder: Path, labels: np.ndarray, data: DataConfig) -> torch.Tensor:
+    save(folder / "a.png", ramp(*labels.shape))
+    save(folder / "a_mask.png", labels.astype(np.uint8))
+    path = write_manifest(folder, ["a.png,a_mask.png,p,train"], "image,mask,patient,split")
+    (patient,) = load_patients(path, data, 0)
+    mask = patient.samples[0].mask
+    assert mask is not None
+    return mask
+
+
+def test_a_class_holds_the_labels_of_its_parts(tmp_path: Path) -> None:
+    labels = np.array([[0, 1, 1, 2], [0, 0, 2, 2]])
+    assert torch.equal(masks_from(tmp_path, labels, NESTED)[0], torch.from_numpy(labels > 0).byte())
+    assert torch.equal(masks_from(tmp_path, labels, NESTED)[1], torch.from_numpy(labels == 2).byte())
+    with pytest.raises(DataError, match=r"undeclared labels 3 \(declared: 0, 1/2 = organ, 2 = core\)"):
+        masks_from(tmp_path, labels + (labels == 2), NESTED)
+
+
+def test_resized_masks_of_classes_that_exclude_each_other_do_not_overlap(tmp_path: Path) -> None:
+    """A pixel half one class and half another: the plain rule gives it to both."""
+    labels = np.zeros((4, 64), int)
+    labels[:, 1::2], labels[:, ::2] = 1, 2
+    labels[:, 32:] *= np.arange(32) % 4 < 1  # one of four: mostly background
+    both = masks_from(tmp_path, labels, replace(TWO, longest_side=32))
+    assert (both[:, :, :16] == 1).all()
+    apart = masks_from(tmp_path, labels, replace(TWO, longest_side=32, exclusive=True))
+    assert (apart.sum(0)[:, :16] == 1).all()
+    assert (apart.sum(0)[:, 16:] <= both.sum(0)[:, 16:]).all()

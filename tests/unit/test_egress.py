@@ -16,7 +16,7 @@ from common.adapter import Adapter, AdapterUpdate
 from common.canonical import sha256_of
 from common.errors import ArtefactError
 from common.guard_api import Metric, SiteCounts, SiteMetrics
-from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec
+from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant
 
 BASE = "0f" * 32
 NUMBERS = ["weight", "started_from", "mechanism", "losses"]
@@ -27,8 +27,8 @@ def plan(smoke_plan: RunPlan) -> RunPlan:
     specs = [TensorSpec("a.lora_A", [2, 3]), TensorSpec("head", [4])]
     metrics = smoke_plan.payload(Stage.evaluate)
     assert metrics is not None
-    payloads = [PayloadSpec(Stage.adapt, specs, NUMBERS, 1000), metrics]
-    return replace(smoke_plan, models={"fake": BASE}, payloads=payloads)
+    variants = [Variant("lite", 2, PayloadSpec(Stage.adapt, specs, NUMBERS, 1000))]
+    return replace(smoke_plan, models={"fake": BASE}, variants=variants, payloads=[metrics])
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def update(**tensors: torch.Tensor | None) -> AdapterUpdate:
     found: dict[str, torch.Tensor | None] = {"a.lora_A": torch.ones(2, 3), "head": torch.ones(4)}
     found |= {name.replace("__", "."): tensor for name, tensor in tensors.items()}
     kept = {name: tensor for name, tensor in found.items() if tensor is not None}
-    return AdapterUpdate(Adapter(kept, BASE, 2), 5.0, "ab" * 32, losses=(1.0, 0.5))
+    return AdapterUpdate(Adapter(kept, BASE, 2, "lite"), 5.0, "ab" * 32, losses=(1.0, 0.5))
 
 
 def receipts(egress: Egress) -> list[dict[str, Any]]:
@@ -87,8 +87,20 @@ def test_all_faults_are_named_at_once(egress: Egress) -> None:
     assert len(caught.value.faults) == 5
 
 
+@pytest.mark.parametrize("change", [{"preset": "base"}, {"rank": 3}])
+def test_an_adapter_of_another_preset_or_rank_than_agreed_stays(
+    egress: Egress, change: dict[str, Any]
+) -> None:
+    wrong = replace(update(), adapter=replace(update().adapter, **change))
+    with pytest.raises(EgressRefusal) as caught:
+        egress.release_update(Stage.adapt, 0, wrong)
+    assert caught.value.faults == ("the adapter is of another preset or rank than the site agreed to",)
+    assert not receipts(egress)
+
+
 def test_a_payload_larger_than_the_plan_says_stays(plan: RunPlan, tmp_path: Path) -> None:
-    tight = replace(plan, payloads=[replace(plan.payloads[0], max_bytes=100)])
+    own = plan.variants[0]
+    tight = replace(plan, variants=[replace(own, payload=replace(own.payload, max_bytes=100))])
     with pytest.raises(EgressRefusal, match="bytes, the plan allows 100"):
         Egress("site-1", tmp_path, tight).release_update(Stage.adapt, 0, update())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from client.evaluation import evaluate_patients, foreground, predict, release_me
 from client.patients import Patient, Sample, Split
 from common.guard_api import Metric
 from common.metrics import bootstrap_ci
-from common.recipe import ClassConfig, EvaluationConfig, PolicyConfig
+from common.recipe import ClassConfig, DataConfig, EvaluationConfig, PolicyConfig
 from common.seeding import derive_seed
 
 CLASSES = [ClassConfig("red", 1), ClassConfig("green", 2)]
+DATA = DataConfig(image_size=8, classes=CLASSES)
 CONFIG = EvaluationConfig(nsd_tolerance=1.0, bootstrap=200, overlap=0.25)
 
 
@@ -66,7 +68,7 @@ def test_tiling_does_not_change_what_a_pixelwise_model_says(
         shapes.append(tuple(tiles.shape[1:]))
         return colour_logits(tiles)
 
-    probabilities = predict(forward, image, size, overlap)
+    probabilities = predict(forward, image, DataConfig(image_size=size), overlap)
     assert probabilities.shape == (2, height, width)
     assert torch.allclose(probabilities, colour_logits(image[None])[0].sigmoid(), atol=1e-5)
     assert set(shapes) == {(3, size, size)}
@@ -81,7 +83,7 @@ def test_small_images_are_padded_by_reflection(shape: tuple[int, int]) -> None:
         tiles.extend(batch)
         return batch[:, :1]
 
-    predict(forward, image, 8, 0.0)
+    predict(forward, image, DATA, 0.0)
     missing = [max(0, 8 - side) for side in shape]
     edges = [(0, 0), *((gap // 2, gap - gap // 2) for gap in missing)]
     expected = np.pad(image.numpy(), edges, mode="reflect")
@@ -98,7 +100,7 @@ def test_overlapping_tiles_blend_probabilities() -> None:
         values = [logits[float(tile.max())] for tile in tiles]
         return torch.tensor(values)[:, None, None, None].expand(-1, 1, 16, 16).clone()
 
-    row = predict(forward, image, 16, 0.5)[0, 5]
+    row = predict(forward, image, DataConfig(image_size=16), 0.5)[0, 5]
     left, right = (1 / (1 + math.exp(-value)) for value in (5.0, -1.0))
     assert torch.allclose(row[:8], torch.tensor(left))
     assert torch.allclose(row[16:], torch.tensor(right))
@@ -115,15 +117,17 @@ def test_prediction_takes_no_gradient() -> None:
         seen.append(torch.is_inference_mode_enabled())
         return weight * tiles[:, :1]
 
-    assert not predict(forward, torch.rand(3, 8, 8), 8, 0.25).requires_grad
+    assert not predict(forward, torch.rand(3, 8, 8), DATA, 0.25).requires_grad
     assert seen == [True]
 
 
 def test_nothing_is_found_outside_the_field_of_view() -> None:
     valid = squares((2, 2, 6))[0]
     shown = Sample(torch.ones(3, 12, 12), valid[None].to(torch.uint8), valid)
-    assert torch.equal(foreground(lambda tiles: tiles[:, :1] * 9, shown, 8, 0.25), valid[None])
-    values = evaluate_patients(lambda tiles: tiles[:, :1] * 9, [patient("p", shown)], CLASSES[:1], 8, CONFIG)
+    assert torch.equal(foreground(lambda tiles: tiles[:, :1] * 9, shown, DATA, 0.25), valid[None])
+    values = evaluate_patients(
+        lambda tiles: tiles[:, :1] * 9, [patient("p", shown)], replace(DATA, classes=CLASSES[:1]), CONFIG
+    )
     assert values["dice"]["red"].tolist() == [1.0]
 
 
@@ -137,7 +141,7 @@ def test_patient_values_by_hand() -> None:
         patient("partly labelled", sample(there, there), sample(shifted, None)),
         patient("nothing there", sample(squares(None, None), squares(None, None))),
     ]
-    values = evaluate_patients(colour_logits, patients, CLASSES, 8, CONFIG)
+    values = evaluate_patients(colour_logits, patients, DATA, CONFIG)
     assert {metric: list(columns) for metric, columns in values.items()} == {
         "dice": ["red", "green"], "hd95": ["red", "green"], "nsd": ["red", "green"],
     }  # fmt: skip
@@ -153,14 +157,14 @@ def test_distances_are_in_mm_where_spacing_is_known() -> None:
     there, shifted = squares((2, 2, 4), None), squares((2, 4, 4), None)
     known = patient("known", sample(shifted, there, spacing=(3.0, 0.25)))
     unknown = patient("unknown", sample(shifted, there))
-    values = evaluate_patients(colour_logits, [known, unknown], CLASSES, 8, CONFIG)
+    values = evaluate_patients(colour_logits, [known, unknown], DATA, CONFIG)
     assert values["hd95"]["red"] == pytest.approx([0.5, 2.0])
     assert values["nsd"]["red"][0] == 1.0  # every edge within 1 mm
     assert values["nsd"]["red"][1] < 1.0
 
 
 def test_no_patient_gives_empty_columns() -> None:
-    values = evaluate_patients(colour_logits, [], CLASSES, 8, CONFIG)
+    values = evaluate_patients(colour_logits, [], DATA, CONFIG)
     assert all(column.shape == (0,) for columns in values.values() for column in columns.values())
     released = release_metrics("student", values, CONFIG, PolicyConfig(min_cell_patients=0), 1)
     assert {(cell.value, cell.patients) for cell in released} == {(None, 0)}

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.plan import RunPlan, Stage
 from common.recipe import GeneratorScope, Recipe
@@ -29,13 +30,39 @@ def test_the_payload_of_training_is_the_adapter_to_the_element(smoke_recipe: Rec
     recipe = replace(smoke_recipe, generator=replace(smoke_recipe.generator, scope=GeneratorScope.federated))
     plan, first = build_plan(recipe, "x"), first_adapters(recipe)
     assert first.generator is not None
-    for stage, adapter in ((Stage.adapt, first.teacher), (Stage.generator, first.generator)):
+    for stage, adapter in ((Stage.adapt, first.teachers[0]), (Stage.generator, first.generator)):
         spec = plan.payload(stage)
         assert spec is not None
         expected = {name: list(tensor.shape) for name, tensor in adapter.trained().tensors.items()}
         assert {tensor.name: tensor.shape for tensor in spec.tensors} == expected
         assert adapter.elements * 4 < spec.max_bytes <= adapter.elements * 4 * 1.02 + 1025
         assert adapter.base_sha256 in plan.models.values()
+
+
+def test_the_plan_lists_every_variant_that_a_site_trains_the_recipes_first(smoke_recipe: Recipe) -> None:
+    east, west = smoke_recipe.sites
+    third = replace(east, name="south")  # says nothing: the recipe's
+    mixed = replace(smoke_recipe, sites=[replace(east, rank=2), replace(west, adapter="wide"), third])
+    plan, first = build_plan(mixed, "x"), first_adapters(mixed)
+    assert [(one.preset, one.rank) for one in plan.variants] == [("base", 8), ("base", 2), ("wide", 16)]
+    for variant, adapter in zip(plan.variants, first.teachers, strict=True):
+        expected = {name: list(tensor.shape) for name, tensor in adapter.trained().tensors.items()}
+        assert {tensor.name: tensor.shape for tensor in variant.payload.tensors} == expected
+    whole = first.whole()
+    assert (whole.preset, whole.rank) == ("base", 16)
+    assert set(whole.layers()) == {layer for one in first.teachers for layer in one.layers()}
+    assert all(whole.tensors[f"{layer}.lora_A"].shape[0] == 16 for layer in first.teachers[2].layers())
+    for adapter in first.teachers:  # nested: each variant starts from the first rows
+        for layer in adapter.layers():
+            a = adapter.tensors[f"{layer}.lora_A"]
+            assert torch.equal(a, whole.tensors[f"{layer}.lora_A"][: len(a)])
+
+
+def test_a_plan_names_its_aggregation(smoke_recipe: Recipe) -> None:
+    rule = replace(smoke_recipe.aggregation, rule="fedit")
+    plan = build_plan(replace(smoke_recipe, aggregation=rule), "x")
+    assert plan.aggregation == rule
+    assert plan.digest != build_plan(smoke_recipe, "x").digest
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from common.recipe import ClassConfig, DataConfig
 
 CLASSES = [ClassConfig("bright", 200), ClassConfig("green", 100)]
 SIZE = 32
+DATA = DataConfig(image_size=SIZE, classes=CLASSES)
 
 
 class Thresholds(nn.Module):
@@ -160,9 +161,28 @@ def test_overlay_draws_the_outline_and_keeps_the_rest(tmp_path: Path, student: P
 
 def test_threshold_decides_from_when_on_a_pixel_counts() -> None:
     probabilities = torch.tensor([[[0.1, 0.5, 0.7, 0.8]], [[0.2, 0.3, 0.6, 0.9]]])
-    assert label_image(probabilities, CLASSES, 0.5).tolist() == [[0, 200, 200, 100]]
-    assert label_image(probabilities, CLASSES, 0.75).tolist() == [[0, 0, 0, 100]]
-    assert label_image(probabilities, CLASSES, 0.0).tolist() == [[100, 200, 200, 100]]
+    assert label_image(probabilities, DATA, 0.5).tolist() == [[0, 200, 200, 100]]
+    assert label_image(probabilities, DATA, 0.75).tolist() == [[0, 0, 0, 100]]
+    assert label_image(probabilities, DATA, 0.0).tolist() == [[100, 200, 200, 100]]
+
+
+def test_the_innermost_class_gives_its_label() -> None:
+    """Whole, part and part of the part, in any order; each within the one before."""
+    classes = [ClassConfig("part", 2, also=[3]), ClassConfig("whole", 1, also=[2, 3]), ClassConfig("core", 3)]
+    data = DataConfig(classes=classes)
+    probability = torch.tensor(
+        [[[0.2, 0.1, 0.6, 0.6, 0.1]], [[0.1, 0.9, 0.9, 0.9, 0.9]], [[0.3, 0.1, 0.4, 0.5, 0.5]]]
+    )
+    assert label_image(probability, data, 0.5).tolist() == [[0, 1, 2, 3, 3]]
+
+
+def test_exclusive_classes_are_weighed_against_the_background() -> None:
+    """Neither class has half of the second pixel, and yet it is no background."""
+    probability = torch.tensor([[[0.2, 0.4, 0.1]], [[0.3, 0.35, 0.6]]])
+    data = DataConfig(classes=CLASSES, exclusive=True)
+    assert label_image(probability, data, 0.5).tolist() == [[0, 200, 100]]
+    assert label_image(probability, DATA, 0.5).tolist() == [[0, 0, 100]]
+    assert label_image(probability, data, 0.9).tolist() == [[0, 0, 0]]
 
 
 def test_folders_that_cannot_serve_are_refused(tmp_path: Path, student: Path) -> None:
@@ -191,8 +211,8 @@ def test_saved_student_predicts_what_its_network_says(tmp_path: Path) -> None:
     put(tmp_path / "in", "a.png", 40, 50)
     (mask,) = predict_folder(weights, tmp_path / "in", tmp_path / "out").masks
     image = load_image(tmp_path / "in/a.png", data).image
-    probabilities = predict(network.eval(), image, SIZE, 0.25)
-    assert np.array_equal(read(mask), label_image(probabilities, CLASSES, 0.5))
+    probabilities = predict(network.eval(), image, data, 0.25)
+    assert np.array_equal(read(mask), label_image(probabilities, data, 0.5))
     weights.write_bytes(weights.read_bytes() + b"x")
     with pytest.raises(ArtefactError, match="sha256"):
         predict_folder(weights, tmp_path / "in", tmp_path / "out")

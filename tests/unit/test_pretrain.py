@@ -16,6 +16,7 @@ from simulations.pretrain import HEAD_WEIGHT, MAKERS, SHIPPED, Bank, curriculum,
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(pretrain, "SCENES", 12)
+    monkeypatch.setattr(pretrain, "TISSUES", 9)
     monkeypatch.setattr(pretrain, "VALIDATION", 6)
     monkeypatch.setattr(checkpoints, "FOLDER", tmp_path)
     checkpoints.card.cache_clear()

@@ -24,6 +24,7 @@ ADAPTER = Adapter(
     },
     "aa",
     2,
+    "lite",
 )  # fmt: skip
 SENT = Sent.of(ADAPTER, "nonce")
 GOOD = AdapterUpdate(ADAPTER.trained(), 5.0, ADAPTER.digest)
@@ -61,6 +62,7 @@ REJECTED: dict[str, Callable[[], AdapterUpdate]] = {
     "a wrong shape": lambda: with_tensors(l__lora_A=torch.ones(3, 2)),
     "a wrong dtype": lambda: with_tensors(l__lora_A=torch.ones(2, 3).bfloat16()),
     "another base model": lambda: replace(GOOD, adapter=replace(GOOD.adapter, base_sha256="bb")),
+    "another preset": lambda: replace(GOOD, adapter=replace(GOOD.adapter, preset="base")),
     "another rank": lambda: replace(GOOD, adapter=replace(GOOD.adapter, rank=3)),
     "started from another adapter than it was sent": lambda: replace(GOOD, started_from="cc"),
     "a weight that is not above 0": lambda: replace(GOOD, weight=0.0),

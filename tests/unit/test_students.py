@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_an_all_background_image_can_be_represented() -> None:
     optimiser = torch.optim.Adam(student.parameters(), 1e-2)
     for _ in range(60):
         optimiser.zero_grad()
-        segmentation_loss(student(images), masks).backward()
+        segmentation_loss(student(images), masks, False).backward()
         optimiser.step()
     share = (student(images) > 0).float().mean((1, 2, 3))
     assert share[0] < 0.02
@@ -75,6 +76,18 @@ def test_a_saved_student_predicts_the_same(tmp_path: Path) -> None:
     assert torch.equal(loaded.module(image), student(image))
     assert loaded.card == card
     assert card.data_config().classes == DATA.classes
+
+
+def test_a_card_says_what_its_logits_mean(tmp_path: Path) -> None:
+    """A card of an earlier version, which has no such entry, means independent classes."""
+    path = tmp_path / "s.safetensors"
+    data = replace(DATA, exclusive=True, classes=[ClassConfig("cell", 255, "blob", also=[3])])
+    save_student(UNetXS(1), path, "unet-xs", data, {"run_id": "r", "model": "student"})
+    assert load_student(path).card.data_config() == data
+    old = json.loads(path.with_suffix(".json").read_text())
+    del old["exclusive"], old["classes"][0]["also"]
+    path.with_suffix(".json").write_text(json.dumps(old))
+    assert load_student(path).card.data_config() == DATA
 
 
 @pytest.mark.parametrize("harm", ["missing card", "changed weights", "unknown name", "no json"])

@@ -48,7 +48,7 @@ def start(plan: RunPlan):  # type: ignore[no-untyped-def]
 def test_losses_vanish_where_they_should() -> None:
     mask = (torch.rand(2, 1, 8, 8) > 0.5).float()
     logits = (mask * 2 - 1) * 50
-    assert segmentation_loss(logits, mask) < 1e-4
+    assert segmentation_loss(logits, mask, False) < 1e-4
     assert soft_dice_loss(torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)) == 0
     assert feature_loss(logits + 1, 3 * (logits + 1)) == pytest.approx(0, abs=1e-6)
 
@@ -57,8 +57,8 @@ def test_losses_vanish_where_they_should() -> None:
 def test_the_softened_loss_is_a_divergence(temperature: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     one, two = torch.randn(2, 1, 1, 4, 4, generator=generator) * 3
-    assert softened_logit_loss(one, one, temperature) == pytest.approx(0, abs=1e-6)
-    assert softened_logit_loss(one, two, temperature) > 0
+    assert softened_logit_loss(one, one, temperature, False) == pytest.approx(0, abs=1e-6)
+    assert softened_logit_loss(one, two, temperature, False) > 0
 
 
 # -- adaptation --------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_inconsistent_synthetic_images_are_dropped_and_counted_and_real_ones_kep
     logits = (mask * 2 - 1) * 9
     logits[1] = -logits[1]  # synthetic, the teacher disagrees
     logits[3] = -logits[3]  # real: not judged
-    curated = drop_inconsistent(transfer_of(logits, mask, [True, True, True, False]), 0.5)
+    curated = drop_inconsistent(transfer_of(logits, mask, [True, True, True, False]), 0.5, False)
     assert (curated.generated, curated.kept, curated.dropped_inconsistent) == (3, 2, 1)
     assert len(curated.transfer) == 3
     assert curated.transfer.synthetic.tolist() == [True, True, False]
@@ -204,7 +204,7 @@ def test_agreement_is_dice() -> None:
 @pytest.fixture
 def transfer(smoke_plan: RunPlan, teacher: ResidentTeacher, patients: list[Patient]) -> TransferSet:
     with teacher.visit(start(smoke_plan)) as network:
-        made = assemble_transfer_set(real_crops(patients, smoke_plan, 0), None, network)
+        made = assemble_transfer_set(real_crops(patients, smoke_plan, 0), None, network, False)
     assert made is not None
     return made
 
@@ -234,6 +234,17 @@ def test_distillation_repeats(smoke_plan: RunPlan, patients: list[Patient], tran
     torch.manual_seed(99)
     assert train() == first
     assert len(first) == smoke_plan.student.steps
+
+
+def test_a_student_learns_from_a_teacher_of_any_width(
+    smoke_plan: RunPlan, patients: list[Patient], transfer: TransferSet
+) -> None:
+    """The alignment takes the teacher's channels and grid from what the teacher said."""
+    wide = replace(
+        transfer, tokens=torch.randn(len(transfer), 40, 4, 4), features=torch.randn(len(transfer), 24, 32, 32)
+    )
+    student = build_student("unet-xs", smoke_plan.data, True, 0)
+    assert np.isfinite(distil(student, patients, wide, smoke_plan, 0, FOREVER)).all()
 
 
 def test_distillation_follows_the_teacher_where_labels_say_nothing(
@@ -266,7 +277,7 @@ def test_variants_differ_in_one_ingredient_each() -> None:
 
 
 def test_without_a_teacher_only_what_has_a_mask_is_used(smoke_plan: RunPlan, patients: list[Patient]) -> None:
-    assert assemble_transfer_set(real_crops(patients, smoke_plan, 0), None, None) is None
+    assert assemble_transfer_set(real_crops(patients, smoke_plan, 0), None, None, False) is None
     student = build_student("unet-xs", smoke_plan.data, True, 0)
     losses = distil(student, patients, None, smoke_plan, 0, FOREVER)
     assert np.isfinite(losses).all()

@@ -31,7 +31,7 @@ def adapter_of(layers: int, rank: int, width: int, out: int) -> Adapter:
         name = f"encoder.vision_encoder.layers.{layer}.attn.qkv"
         tensors[f"{name}.lora_A"] = torch.randn(rank, width, generator=generator)
         tensors[f"{name}.lora_B"] = torch.randn(out, rank, generator=generator)
-    return Adapter(tensors, BASE, rank)
+    return Adapter(tensors, BASE, rank, "base")
 
 
 def there_and_back(content: wire.Content) -> wire.Content:
@@ -93,10 +93,10 @@ def test_any_adapter_comes_back_exactly(specs: dict[str, tuple[list[int], torch.
         name: torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape).to(dtype) / 3
         for name, (shape, dtype) in specs.items()
     }
-    adapter = Adapter(tensors, BASE, 3)
+    adapter = Adapter(tensors, BASE, 3, "wide")
     found = wire.decode_adapter(there_and_back(wire.encode_request(ORDER, adapter)))
     assert found.digest == adapter.digest
-    assert found.rank == 3
+    assert (found.rank, found.preset) == (3, "wide")
 
 
 def test_nothing_of_a_decoded_adapter_aliases_the_message() -> None:
@@ -122,7 +122,7 @@ def test_requests_come_back_exactly(smoke_plan: RunPlan) -> None:
 
 
 def test_replies_come_back_exactly() -> None:
-    answer = PlanAnswer("site-1", True, "ab" * 32)
+    answer = PlanAnswer("site-1", True, "ab" * 32, preset="lite", rank=4)
     assert wire.decode_answer(there_and_back(wire.encode_answer(answer))) == answer
     note = StudentNote("a", "unet-xs", 10, "ab", 1.0, 2.0, 3, 2, 1)
     assert wire.decode_note(there_and_back(wire.encode_numbers(note))) == note
@@ -176,7 +176,10 @@ MALFORMED: dict[str, Callable[[wire.Content], object]] = {
     "a repeated name": lambda c: c["adapter.head"].__setitem__("layout", '{"float32":{"a":[1],"a":[55]}}'),
     "another dtype": lambda c: c["adapter.head"].__setitem__("layout", '{"float64":{"a":[56]}}'),
     "no digest": lambda c: c["adapter.head"].__setitem__("base", "/etc/passwd"),
-    "no rank": lambda c: c["adapter.head"].__setitem__("rank", 0),
+    "no rank": lambda c: c["adapter.head"].__setitem__("rank", -1),
+    "a rank of text": lambda c: c["adapter.head"].__setitem__("rank", "2"),
+    "no preset": lambda c: c["adapter.head"].pop("preset"),
+    "a preset with a path": lambda c: c["adapter.head"].__setitem__("preset", "../lite"),
     "an array too many": lambda c: c["adapter"].__setitem__("bfloat16", c["adapter"]["float32"]),
     "a longer layout": lambda c: edit_layout(c, lambda shapes: shapes.__setitem__(FIRST, [3, 6])),
     "a shorter layout": lambda c: edit_layout(c, lambda shapes: shapes.pop(FIRST)),
@@ -266,4 +269,16 @@ def test_a_dtype_that_the_wire_does_not_carry_is_named() -> None:
 def test_a_strange_site_name_is_refused() -> None:
     for name in ("../a", "a b", "", "x" * 300):
         with pytest.raises(ArtefactError):
-            wire.decode_answer(wire.encode_answer(PlanAnswer(name, True, "ab")))
+            wire.decode_answer(wire.encode_answer(PlanAnswer(name, True, "ab", preset="lite", rank=4)))
+
+
+def test_a_site_that_agrees_says_what_it_trains() -> None:
+    for preset in ("", "a b", "x" * 300):
+        with pytest.raises(ArtefactError, match="train"):
+            wire.decode_answer(wire.encode_answer(PlanAnswer("a", True, "ab", preset=preset, rank=4)))
+
+
+def test_an_adapter_without_factors_has_rank_0() -> None:
+    dense = Adapter({"encoder.norm.bias": torch.ones(3)}, BASE, 0, "norm")
+    found = wire.decode_adapter(there_and_back(wire.encode_request(ORDER, dense)))
+    assert (found.digest, found.rank) == (dense.digest, 0)

@@ -1,0 +1,1 @@
+"""Paired, interleaved measurements; each module is run as ``python -m simulations.benchmark.NAME``."""
