@@ -21,7 +21,7 @@ from common.adapter import AdapterUpdate
 from common.canonical import canonical_json, sha256_of
 from common.errors import ArtefactError
 from common.plan import PayloadSpec, RunPlan, Stage, Variant
-from common.presets import GENERATOR
+from common.tuning.presets import GENERATOR
 
 RECEIPTS = "receipts.jsonl"
 MAX_TEXT = 200  # characters: room for a name or a reason, not for data

@@ -239,22 +239,10 @@ def training_views(
     """
     seed, folder = visit
     encoder, settings = network.encoder, plan.teacher
-    cut, depth = frozen_blocks(encoder, adapter.trained().tensors), len(encoder.blocks)
-    if not cut:
-        raise ConfigError(
-            f"teacher.cached_views={settings.cached_views} needs blocks that are not trained, and "
-            f"adapter {adapter.preset} trains the first: choose a preset of the last blocks, or 0"
-        )
+    cut, depth = _cut(network, adapter, settings.cached_views), len(encoder.blocks)
     size, drawing = plan.data.image_size, derive_seed(plan.seed, "views")
     views = draw_views(patients, size, settings.cached_views, drawing)
-
-    def make() -> Progress:
-        return run_prefix(network, views.images, cut)
-
-    if folder is None:
-        prefix = make()
-    else:
-        prefix = PrefixCache(folder).fetch(prefix_key(network, adapter, views.images, cut), make)
+    prefix = _kept_prefix(network, adapter, views.images, cut, folder)
     batches = shuffled(len(views), settings.batch_size, seed)
 
     def loss_at() -> Tensor:
@@ -264,3 +252,23 @@ def training_views(
         return segmentation_loss(logits, views.masks[chosen], plan.data.exclusive)
 
     return loss_at
+
+
+def _cut(network: Teacher, adapter: Adapter, views: int) -> int:
+    """How many blocks stay as they are; a ``ConfigError`` for none."""
+    cut = frozen_blocks(network.encoder, adapter.trained().tensors)
+    if not cut:
+        raise ConfigError(
+            f"teacher.cached_views={views} needs blocks that are not trained, and adapter {adapter.preset} "
+            "trains the first: choose a preset of the last blocks, or 0"
+        )
+    return cut
+
+
+def _kept_prefix(
+    network: Teacher, adapter: Adapter, images: Tensor, cut: int, folder: Path | None
+) -> Progress:
+    if folder is None:
+        return run_prefix(network, images, cut)
+    key = prefix_key(network, adapter, images, cut)
+    return PrefixCache(folder).fetch(key, lambda: run_prefix(network, images, cut))

@@ -13,9 +13,9 @@ from common.canonical import canonical_json
 from common.config import load_site
 from common.errors import DataError, PolicyRefusal
 from common.plan import RunPlan, Variant, rebuild
-from common.presets import rank_of, site_teacher
 from common.recipe import DataConfig, PolicyConfig, TeacherConfig
 from common.seeding import derive_seed
+from common.tuning.presets import rank_of, site_teacher
 
 
 @dataclass(frozen=True)

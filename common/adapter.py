@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from common.errors import ArtefactError
-from common.presets import sends_a
+from common.tuning.presets import sends_a
 
 FACTOR_SUFFIXES = ("lora_A", "lora_B", "folded_A", "folded_B")
 
@@ -49,7 +49,7 @@ class Adapter:
         tensors: name -> tensor, named as the module says. Never aliases of live parameters.
         base_sha256: digest of the base checkpoint that the tensors belong to.
         rank: of the factors; 0 where there are none.
-        preset: which of the network's layers they belong to (`common.presets`).
+        preset: which of the network's layers they belong to (`common.tuning.presets`).
     """
 
     tensors: Mapping[str, Tensor]

@@ -37,17 +37,20 @@ class WideContext(nn.Module):
         )
         self.whole = nn.Conv2d(channels, channels, 1)
         self.mix = nn.Sequential(
-            nn.Conv2d(len(DILATIONS) * channels, channels, 1, bias=False), nn.GroupNorm(8, channels), nn.GELU()
+            nn.Conv2d(len(DILATIONS) * channels, channels, 1, bias=False),
+            nn.GroupNorm(8, channels),
+            nn.GELU(),
         )
 
     def forward(self, deep: Tensor) -> Tensor:
         near = self.mix(torch.cat([branch(deep) for branch in self.branches], 1))
         whole: Tensor = self.whole(deep.mean((2, 3), keepdim=True))
-        return deep + near + whole
+        wide: Tensor = deep + near + whole
+        return wide
 
 
 class MaskDecoder(nn.Module):
-    """Tokens (B, T, h, w), taps and image (B, 3, S, S) -> logits (B, C, S, S) and a feature (B, 32, S/2, S/2).
+    """Tokens (B, T, h, w), taps, image (B, 3, S, S) -> logits (B, C, S, S) and a feature (B, 32, S/2, S/2).
 
     A small U-Net whose deepest level is the transformer: the image comes down to S/4, the tokens come up,
     and they meet at every scale. GroupNorm only: no statistic is carried from one image, patient or site
@@ -64,7 +67,8 @@ class MaskDecoder(nn.Module):
         self.low = _block(32, WIDTH, stride=2)
         self.project = nn.Conv2d(token_channels, WIDTH, 1)
         self.laterals = nn.ModuleList(
-            nn.Sequential(nn.GroupNorm(1, channels), nn.Conv2d(channels, WIDTH, 1)) for channels in tap_channels
+            nn.Sequential(nn.GroupNorm(1, channels), nn.Conv2d(channels, WIDTH, 1))
+            for channels in tap_channels
         )
         self.joins = nn.ModuleList(_block(2 * WIDTH, WIDTH) for _ in tap_channels)
         self.context = WideContext(WIDTH) if tap_channels else _block(WIDTH, WIDTH)

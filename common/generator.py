@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from common import checkpoints
 from common.adapter import Adapter
-from common.presets import GENERATOR
 from common.recipe import GeneratorConfig
 from common.seeding import derive_seed
-from common.slots import AdapterSlots, SlotPlan
 from common.style import STYLE_BOUNDS, STYLE_FIELDS
+from common.tuning.presets import GENERATOR
+from common.tuning.slots import AdapterSlots, SlotPlan
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")

@@ -171,7 +171,7 @@ class CohortConfig:
 @dataclass(frozen=True)
 class TeacherConfig:
     name: str = "ward-sam-tiny"
-    adapter: str = "base"  # preset (common/presets.py): what of the encoder is trained
+    adapter: str = "base"  # preset (common/tuning/presets.py): what of the encoder is trained
     rank: int | None = None  # None: the preset's own
     decoder: DecoderTraining = DecoderTraining.full
     steps: int = 30  # optimiser steps a site and round

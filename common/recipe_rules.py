@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from common import recipe as schema
-from common.adapter_rules import adapter_faults
 from common.checkpoints import imported_names
 from common.recipe import Recipe, SiteConfig, SiteFile
 from common.schema_check import Fault, choose_from
+from common.tuning.rules import adapter_faults
 
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")  # a folder's name on every system
 RECIPE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")

@@ -1,7 +1,7 @@
 """The shared teacher: a frozen SAM-architecture encoder, LoRA slots in it, and a mask decoder.
 
 One teacher a preset and rank is built for a process and lives as long as it; a visit to a site writes that
-site's adapter into it (`common.slots`).
+site's adapter into it (`common.tuning.slots`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from common.backbones.base import Backbone, Features, fit_to_unit
 from common.canonical import canonical_json
 from common.decoder import MaskDecoder
 from common.errors import ArtefactError, ConfigError
-from common.placement import needs_split, place
 from common.plan import RunPlan, rebuild
-from common.presets import PRESETS, rank_of, sends_a, settings_faults
 from common.recipe import DataConfig, DecoderTraining, TeacherConfig
 from common.seeding import derive_seed
-from common.slots import AdapterSlots, SlotPlan, sharing_copy
+from common.tuning.placement import needs_split, place
+from common.tuning.presets import PRESETS, rank_of, sends_a, settings_faults
+from common.tuning.slots import AdapterSlots, SlotPlan, sharing_copy
 
 HEADS = ("vessel", "blob", "region", "bright", "dark")  # the shipped decoder's heads, in order
 

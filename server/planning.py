@@ -19,9 +19,9 @@ from torch import Tensor
 from common.adapter import Adapter
 from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
 from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant
-from common.presets import rank_of, site_teacher
 from common.recipe import GeneratorScope, Recipe, TeacherConfig
 from common.style import StyleSummary
+from common.tuning.presets import rank_of, site_teacher
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHIPPED_CODE = ("client", "common", "server")

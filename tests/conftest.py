@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from client.patients import Patient, Sample, Split
+from common import checkpoints
 from common.config import load_recipe
 from common.plan import RunPlan
 from common.recipe import Recipe
@@ -48,3 +51,27 @@ def patients() -> list[Patient]:
             samples.append(Sample(image, mask, torch.ones(64, 64, dtype=torch.bool)))
         found.append(Patient(f"patient-{number}", Split.train, tuple(samples)))
     return found
+
+
+@pytest.fixture
+def teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder into which teachers are imported, and where they are looked for."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(checkpoints.VARIABLE, str(tmp_path / "teachers"))
+    checkpoints.card.cache_clear()
+    yield tmp_path / "teachers"
+    checkpoints.card.cache_clear()
+
+
+@pytest.fixture
+def small_sam(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A catalogue whose only SAM models are the small one and the small MedSAM."""
+    from common.foundation import importing
+    from common.foundation.catalogue import CATALOGUE
+    from tests.foundation_checkpoints import SAM_USUAL, SIDE
+
+    changed = {}
+    for name in ("sam-vit-b", "medsam-vit-b"):
+        fields = {**vars(CATALOGUE[name]), "config": SAM_USUAL, "image_size": SIDE}
+        changed[name] = type(CATALOGUE[name])(**fields)
+    monkeypatch.setattr(importing, "CATALOGUE", changed)

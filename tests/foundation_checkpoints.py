@@ -30,6 +30,8 @@ from transformers import (
     SamVisionModel,
 )
 
+from common.teacher import shipped_teacher
+
 SIDE = 64  # native image size of every small model, pixels
 
 SAM = {
@@ -262,3 +264,18 @@ def _mask_decoder() -> list[tuple[str, str]]:
 def weightless(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Tensors of these shapes that hold one number each: a ViT-H's file takes kilobytes."""
     return {key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}
+
+
+def folder_of(kind: str, parent: Path, **options: Any) -> Path:
+    network = model(kind)
+    return write_folder(parent / kind, network, hub_tensors(kind, network), **options)
+
+
+def difference(kind: str, name: str) -> float:
+    """Largest difference between the imported encoder's tokens and transformers' own."""
+    image = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        tokens = shipped_teacher(name, SIDE).eval().encoder(image).tokens
+    expected = reference_tokens(model(kind), image)
+    assert expected.std() > 0.01
+    return float((tokens - expected).abs().max())

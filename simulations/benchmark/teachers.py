@@ -48,6 +48,7 @@ class Row:
     train_decoder: str = "full"
     steps: bool = True
     learning_rate: float | None = None
+    multi_scale: bool = True
 
 
 ROWS = (
@@ -57,6 +58,7 @@ ROWS = (
     Row("random, everything trained", encoder=False, decoder=False, adapter="full", learning_rate=1e-3),
     Row("pre-trained, everything trained", adapter="full", learning_rate=1e-3),
     Row("pre-trained encoder, fresh decoder, LoRA + decoder", decoder=False),
+    Row("pre-trained encoder, fresh decoder of one scale, LoRA + decoder", decoder=False, multi_scale=False),
     Row("fresh encoder, pre-trained decoder, LoRA + decoder", encoder=False),
     Row("pre-trained, decoder alone", adapter="decoder"),
     Row("pre-trained, bottleneck adapters + decoder", adapter="bottleneck"),
@@ -79,8 +81,10 @@ class StudyTeacher(ResidentTeacher):
             nn.init.normal_(fresh.encoder.get_parameter("vision_encoder.pos_embed"), std=0.02)
         if not row.encoder:
             self.network.encoder.load_state_dict(fresh.encoder.state_dict())
+            if not row.multi_scale:
+                fresh = Teacher(fresh.encoder, len(checkpoints.card(name)["heads"]), multi_scale=False)
         if not row.decoder:
-            self.network.decoder.load_state_dict(fresh.decoder.state_dict())
+            self.network.decoder, self.network.multi_scale = fresh.decoder, fresh.multi_scale
         heads = checkpoints.card(name)["heads"]
         select_head(self.network.decoder.head, [heads.index(item.like) for item in data.classes])
         self.slots = teacher_slots(self.network, plan.teacher)

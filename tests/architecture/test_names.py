@@ -86,8 +86,8 @@ def test_the_names_in_the_recipe_are_those_of_the_registries() -> None:
     from client.distillation import VARIANTS
     from client.students import STUDENTS
     from client.workshop import LOCAL_TEACHER
-    from common.presets import PRESETS
     from common.teacher import HEADS
+    from common.tuning.presets import PRESETS
     from server.aggregation import RULES
 
     assert set(recipe.STUDENTS) == set(STUDENTS)

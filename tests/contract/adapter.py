@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from common.adapter import Adapter
 from common.backbones import build_backbone
 from common.errors import ArtefactError
-from common.presets import PRESETS, rank_of
 from common.recipe import DecoderTraining, TeacherConfig
-from common.slots import AdapterSlots, sharing_copy
 from common.teacher import Teacher, teacher_slots
+from common.tuning.presets import PRESETS, rank_of
+from common.tuning.slots import AdapterSlots, sharing_copy
 
 # Four blocks, two of them windowed; big weights, so that an adapter's effect is no rounding error.
 SMALL_SAM = {

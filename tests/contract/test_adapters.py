@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from common import checkpoints
-from common.bottleneck import Bottleneck
 from common.decoder import MaskDecoder
 from common.errors import ConfigError
-from common.presets import PRESETS, Kind, mix_faults, rank_of, settings_faults, site_teacher
 from common.recipe import DecoderTraining, TeacherConfig
-from common.slots import sharing_copy
 from common.teacher import teacher_info, teacher_slots
+from common.tuning.bottleneck import Bottleneck
+from common.tuning.presets import PRESETS, Kind, mix_faults, rank_of, settings_faults, site_teacher
+from common.tuning.slots import sharing_copy
 from tests.contract.adapter import AdapterContract, moved, small_teacher
 
 BLOCK = "encoder.vision_encoder.layers"

@@ -56,7 +56,7 @@ def rule_of(run: Path) -> AggregationRule:
 
 
 def test_every_sites_teacher_is_the_same_function(mixed: MixedRun) -> None:
-    """Largest difference of a logit: 1e-5, though no two sites hold the same factors."""
+    """No logit differs by more than 1e-5 of the largest, though no two sites hold the same factors."""
     plan, rule = plan_of(mixed.run), rule_of(mixed.run)
     image = torch.rand((4, 3, 64, 64), generator=torch.Generator().manual_seed(0))
 
@@ -73,7 +73,7 @@ def test_every_sites_teacher_is_the_same_function(mixed: MixedRun) -> None:
         adapter = rule.adapter_for(site)
         assert (adapter.preset, adapter.rank) == (preset, rank)
         assert adapter.folded_layers()
-        assert float((logits(adapter) - reference).abs().max()) <= 1e-5
+        assert float((logits(adapter) - reference).abs().max()) <= 1e-5 * float(reference.abs().max())
 
 
 def test_a_network_is_built_once_a_variant(mixed: MixedRun) -> None:

@@ -22,10 +22,10 @@ from common.adapter import Adapter, AdapterUpdate
 from common.errors import DataError, DeadlinePassed, PolicyRefusal
 from common.guard_api import Metric, PlanAnswer, SiteCounts, SiteMetrics, StudentNote
 from common.plan import Round, RunPlan, Stage
-from common.presets import GENERATOR
 from common.recipe import GeneratorScope, Recipe
 from common.seeding import derive_seed
 from common.style import STYLE_BOUNDS, StyleGroup, StyleSummary
+from common.tuning.presets import GENERATOR
 from server.planning import FirstAdapters
 
 BASE = "ab" * 32

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from common.adapter import Adapter
 from common.errors import ArtefactError
-from common.slots import AdapterSlots, SlotPlan, sharing_copy
+from common.tuning.slots import AdapterSlots, SlotPlan, sharing_copy
 
 
 class Net(nn.Module):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from common.backbones.base import Backbone
-from common.bottleneck import insert_bottlenecks
-from common.presets import PRESETS, Kind, Preset
 from common.recipe import DecoderTraining, TeacherConfig
+from common.tuning.bottleneck import insert_bottlenecks
+from common.tuning.presets import PRESETS, Kind, Preset
 
 HEAD = "head"  # the decoder's output layer
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from common.presets import PRESETS, mix_faults, rank_of, settings_faults, site_teacher
 from common.recipe import Recipe, TeacherConfig
 from common.schema_check import Fault
+from common.tuning.presets import PRESETS, mix_faults, rank_of, settings_faults, site_teacher
 
 
 def adapter_faults(recipe: Recipe) -> Iterator[Fault]:

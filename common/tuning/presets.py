@@ -1,7 +1,7 @@
 """The adapter presets by name: what a site trains of the frozen encoder, and at what rank.
 
 Names and numbers only: this module loads no network, so that a recipe is checked without one. Where a
-preset's tensors sit in a network is `common.placement`'s business.
+preset's tensors sit in a network is `common.tuning.placement`'s business.
 """
 
 from __future__ import annotations
@@ -84,9 +84,7 @@ def settings_faults(teacher: TeacherConfig) -> list[str]:
     if teacher.rank is not None and rank_of(teacher) == 0:
         faults.append(f"adapter {teacher.adapter} has no factors, so it has no rank")
     if teacher.cached_views and PRESETS[teacher.adapter].last_blocks is None and kind is not Kind.decoder:
-        faults.append(
-            f"adapter {teacher.adapter} trains the first blocks: cached_views has nothing to keep"
-        )
+        faults.append(f"adapter {teacher.adapter} trains the first blocks: cached_views has nothing to keep")
     return faults
 
 
