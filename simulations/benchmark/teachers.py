@@ -79,10 +79,10 @@ class StudyTeacher(ResidentTeacher):
             torch.manual_seed(seed % 2**63)
             fresh = bare_teacher(name)
             nn.init.normal_(fresh.encoder.get_parameter("vision_encoder.pos_embed"), std=0.02)
-        if not row.encoder:
-            self.network.encoder.load_state_dict(fresh.encoder.state_dict())
             if not row.multi_scale:
                 fresh = Teacher(fresh.encoder, len(checkpoints.card(name)["heads"]), multi_scale=False)
+        if not row.encoder:
+            self.network.encoder.load_state_dict(fresh.encoder.state_dict())
         if not row.decoder:
             self.network.decoder, self.network.multi_scale = fresh.decoder, fresh.multi_scale
         heads = checkpoints.card(name)["heads"]
