@@ -79,6 +79,7 @@ class StudyTeacher(ResidentTeacher):
             torch.manual_seed(seed % 2**63)
             fresh = bare_teacher(name)
             nn.init.normal_(fresh.encoder.get_parameter("vision_encoder.pos_embed"), std=0.02)
+            fresh.encoder.resize_positions(data.image_size)
             if not row.multi_scale:
                 fresh = Teacher(fresh.encoder, len(checkpoints.card(name)["heads"]), multi_scale=False)
         if not row.encoder:
