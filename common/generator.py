@@ -141,7 +141,3 @@ def initial_adapter(config: GeneratorConfig, seed: int) -> Adapter:
     return resident_generator(config.name, config.rank).slots.initial(
         derive_seed(seed, "generator", "lora_A")
     )
-
-
-def base_sha256(name: str) -> str:
-    return checkpoints.base_sha256(name)

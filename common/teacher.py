@@ -205,10 +205,6 @@ def initial_adapter(config: TeacherConfig, data: DataConfig, seed: int) -> Adapt
     return resident_teacher(config, data).slots.initial(derive_seed(seed, "teacher", "lora_A"))
 
 
-def base_sha256(name: str) -> str:
-    return checkpoints.base_sha256(name)
-
-
 def teacher_info(name: str) -> dict[str, Any]:
     """The card of a teacher, with what each adapter preset trains of its encoder at its default rank.
 

@@ -79,14 +79,14 @@ def variant_settings(recipe: Recipe) -> list[TeacherConfig]:
 
 def model_digests(recipe: Recipe) -> dict[str, str]:
     """Base model name -> SHA-256 of its weights, for every model that the recipe uses."""
-    from common import checkpoints, generator, teacher
+    from common import checkpoints
 
-    models = {recipe.teacher.name: teacher.base_sha256(recipe.teacher.name)}
+    models = {recipe.teacher.name: checkpoints.base_sha256(recipe.teacher.name)}
     for name in {recipe.student.name, *(site.student for site in recipe.sites)}:
         if name is not None:
             models[name] = checkpoints.base_sha256(name)
     if recipe.generator.scope is not GeneratorScope.none:
-        models[recipe.generator.name] = generator.base_sha256(recipe.generator.name)
+        models[recipe.generator.name] = checkpoints.base_sha256(recipe.generator.name)
     return models
 
 
