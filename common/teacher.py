@@ -121,7 +121,8 @@ class ResidentTeacher:
         global teachers_built
         heads = checkpoints.card(config.name)["heads"]
         rows = tuple(heads.index(item.like) for item in data.classes)
-        base = _base_network(config.name, data.image_size, rows, needs_split(config))
+        digest = checkpoints.base_sha256(config.name)
+        base = _base_network((config.name, digest), data.image_size, rows, needs_split(config))
         self.network = sharing_copy(base)
         self.slots = teacher_slots(self.network, config)
         self.network.eval()  # there is neither dropout nor batch statistics to switch
@@ -155,9 +156,12 @@ def _slots(network: Teacher, config: TeacherConfig) -> AdapterSlots:
 
 
 @lru_cache(maxsize=2)
-def _base_network(name: str, image_size: int, rows: tuple[int, ...], split: bool) -> Teacher:
-    """The teacher with the output rows of a job's classes; only ever copied, never trained."""
-    network = shipped_teacher(name, image_size)
+def _base_network(model: tuple[str, str], image_size: int, rows: tuple[int, ...], split: bool) -> Teacher:
+    """The teacher with the output rows of a job's classes; only ever copied, never trained.
+
+    ``model`` is its name and digest: an imported name may mean other weights later.
+    """
+    network = shipped_teacher(model[0], image_size)
     select_head(network.decoder.head, list(rows))
     if split:
         network.encoder.split_qkv()
@@ -174,7 +178,7 @@ def select_head(head: nn.Conv2d, rows: list[int]) -> None:
 
 @lru_cache(maxsize=8)
 def _resident(key: str) -> ResidentTeacher:
-    teacher, data = json.loads(key)
+    _, teacher, data = json.loads(key)
     return ResidentTeacher(rebuild(TeacherConfig, teacher), rebuild(DataConfig, data))
 
 
@@ -185,7 +189,8 @@ def resident_teacher(config: TeacherConfig, data: DataConfig) -> ResidentTeacher
     """
     same = TeacherConfig(config.name, config.adapter, rank_of(config) or None, config.decoder)
     data = DataConfig(image_size=data.image_size, classes=data.classes)
-    return _resident(canonical_json([asdict(same), asdict(data)]))
+    digest = checkpoints.base_sha256(config.name)
+    return _resident(canonical_json([digest, asdict(same), asdict(data)]))
 
 
 def teacher_for(adapter: Adapter, plan: RunPlan) -> ResidentTeacher:

@@ -53,6 +53,7 @@ class Row:
 
 ROWS = (
     Row("zero-shot, no label", steps=False),
+    Row("fresh encoder, pre-trained decoder, no label", encoder=False, steps=False),
     Row("pre-trained, LoRA + decoder"),
     Row("random, LoRA + decoder", encoder=False, decoder=False),
     Row("random, everything trained", encoder=False, decoder=False, adapter="full", learning_rate=1e-3),

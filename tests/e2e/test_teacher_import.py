@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,12 @@ pytestmark = pytest.mark.usefixtures("elsewhere", "no_teachers")
 
 
 @pytest.fixture
-def no_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv(checkpoints.VARIABLE, raising=False)
+    checkpoints.card.cache_clear()
+    yield
+    checkpoints.card.cache_clear()
 
 
 def run(*arguments: str) -> Result:
@@ -34,8 +38,12 @@ def run(*arguments: str) -> Result:
 
 
 def dinov2() -> str:
-    network = model("Dinov2Model")
-    return str(write_folder(Path("tiny"), network, hub_tensors("Dinov2Model", network)))
+    return checkpoint("Dinov2Model")
+
+
+def checkpoint(kind: str) -> str:
+    network = model(kind)
+    return str(write_folder(Path("tiny"), network, hub_tensors(kind, network)))
 
 
 def original_pth(name: str, file: str) -> dict[str, torch.Tensor]:
@@ -63,6 +71,22 @@ def test_an_import_says_how_to_use_the_teacher_and_that_works(monkeypatch: pytes
     listed = run("list")
     assert [line.split()[0] for line in listed.stdout.splitlines()] == ["ward-sam-tiny", "mine"]
     assert not listed.stderr
+
+
+@pytest.mark.parametrize("kind", ["SamModel", "Sam2Model", "Dinov2Model"])
+def test_a_whole_run_with_an_imported_teacher(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From images to students: tokens of other widths and strides, decoders that start untrained."""
+    assert run("import", checkpoint(kind), "teachers", "--as", "mine").exit_code == 0
+    monkeypatch.setenv(checkpoints.VARIABLE, "teachers")
+    result = walks.invoke(
+        "simulate", "smoke", "teacher.name=mine", "baselines=[local_only,local_only_scratch]", "--out", "run"
+    )
+    assert result.exit_code == 0, result.output
+    report = walks.report_of(Path("run"))
+    assert report.teacher.name == "mine"
+    assert report.teacher.base_sha256 == checkpoints.base_sha256("mine")
+    assert not [rejection for one in report.rounds for rejection in one.rejected]
+    assert len(report.students) == len(report.sites) == 2
 
 
 def test_a_recipe_names_an_imported_teacher_without_loading_torch() -> None:

@@ -52,7 +52,7 @@ def test_a_decoder_of_one_scale_reads_no_taps(prepared: Study) -> None:
 
 
 def test_a_row_without_steps_trains_nothing_and_the_table_has_every_row() -> None:
-    rows = [ROWS[0], ROWS[1]]
+    rows = [ROWS[0], ROWS[2]]
     found = study("smoke", SETTINGS, [0], rows)
     assert found[rows[0].name]["trained"] == [0.0]
     assert found[rows[1].name]["trained"][0] > 0
