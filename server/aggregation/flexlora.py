@@ -67,7 +67,7 @@ class FlexLora(AggregationRule):
         return error, norm
 
     def _layer_state(self) -> dict[str, Tensor]:
-        state = {}
+        state: dict[str, Tensor] = {}
         for layer, down in self._down.items():
             state |= {f"{layer}.down_A": down.a, f"{layer}.down_B": down.b}
         return state
