@@ -27,7 +27,22 @@ ADAPTER_PRESETS = (
 )
 GENERATORS = ("ward-diffusion-tiny",)
 STUDENTS = ("unet-xs",)
-AGGREGATION_RULES = ("exact_split", "fedit")
+AGGREGATION_RULES = (
+    "exact_split",
+    "fedit",
+    "ffa",
+    "fedsvd",
+    "fedex",
+    "lora_fair",
+    "flora",
+    "flexlora",
+    "hetlora",
+)
+# What a rule takes, by its name: several ranks; of those, also other layers at each site; only presets that
+# train the factor B alone. A rule in none of these wants one preset and rank for all sites.
+MIXED_RANK_RULES = ("exact_split", "flora", "flexlora", "hetlora")
+MIXED_PRESET_RULES = ("exact_split", "flora")
+FIXED_A_RULES = ("ffa", "fedsvd")
 PRETRAINED_HEADS = ("vessel", "blob", "region", "bright", "dark")
 BASELINES = (
     "local_only",

@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from common.recipe import DecoderTraining, TeacherConfig
+from common.recipe import (
+    FIXED_A_RULES,
+    MIXED_PRESET_RULES,
+    MIXED_RANK_RULES,
+    DecoderTraining,
+    TeacherConfig,
+)
 
 GENERATOR = "generator"  # the preset of the generator's adapters, which are no teacher's
 DECODER_RANK = 8  # of factors on the decoder, beside a preset that has no rank of its own
@@ -88,6 +94,14 @@ def settings_faults(teacher: TeacherConfig) -> list[str]:
     return faults
 
 
+def fixed_a_fault(preset: str, rule: str) -> str:
+    """Why ``rule`` cannot average the factors that ``preset`` trains; empty: it can."""
+    if rule not in FIXED_A_RULES or not sends_a(preset):
+        return ""
+    fitting = ", ".join(name for name, one in PRESETS.items() if not one.train_a)
+    return f"{preset}, which trains the factor A too; rule {rule} averages B alone (preset {fitting})"
+
+
 def mix_faults(first: tuple[str, int], others: Mapping[str, tuple[str, int]], rule: str) -> dict[str, str]:
     """Site -> why it cannot train its (preset, rank) in a run whose own is ``first``; empty: all can."""
     return {
@@ -98,8 +112,10 @@ def mix_faults(first: tuple[str, int], others: Mapping[str, tuple[str, int]], ru
 def _mix_fault(first: tuple[str, int], chosen: tuple[str, int], rule: str) -> str:
     if chosen == first:
         return ""
-    if rule != "exact_split":
+    if rule not in MIXED_RANK_RULES:
         return f"rule {rule} takes one preset and rank for all sites; exact_split takes a mixture"
+    if chosen[0] != first[0] and rule not in MIXED_PRESET_RULES:
+        return f"rule {rule} takes several ranks of one preset; exact_split takes a mixture"
     ours, theirs = PRESETS[first[0]], PRESETS[chosen[0]]
     if chosen[0] != first[0] and {ours.kind, theirs.kind} != {Kind.lora}:
         return f"{chosen[0]} and {first[0]} train different tensors, and only presets of factors can be mixed"

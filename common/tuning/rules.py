@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from common.recipe import Recipe, TeacherConfig
+from common.recipe import GeneratorScope, Recipe, TeacherConfig
 from common.schema_check import Fault
-from common.tuning.presets import PRESETS, mix_faults, rank_of, settings_faults, site_teacher
+from common.tuning.presets import (
+    GENERATOR,
+    PRESETS,
+    fixed_a_fault,
+    mix_faults,
+    rank_of,
+    settings_faults,
+    site_teacher,
+)
 
 
 def adapter_faults(recipe: Recipe) -> Iterator[Fault]:
@@ -22,6 +30,7 @@ def adapter_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault(f"{key}.adapter", fault, "train the decoder, leave rank empty, or take another adapter")
     if not alone:
         yield from _mixture_faults(recipe, settings)
+        yield from _fixed_a_faults(recipe, settings)
 
 
 def _by_key(recipe: Recipe) -> dict[str, TeacherConfig]:
@@ -44,3 +53,14 @@ def _mixture_faults(recipe: Recipe, settings: dict[str, TeacherConfig]) -> Itera
     if rule.rule == "exact_split" and highest > rule.max_rank:
         what = f"{rule.max_rank} is below the highest rank that a site trains ({highest})"
         yield Fault("aggregation.max_rank", what, f"raise it to {highest} at least")
+
+
+def _fixed_a_faults(recipe: Recipe, settings: dict[str, TeacherConfig]) -> Iterator[Fault]:
+    """Adapters that train A, under a rule that averages B alone."""
+    rule = recipe.aggregation.rule
+    fix = "take a preset that trains B alone, or another rule"
+    for key, one in settings.items():
+        if rank_of(one) > 0 and (what := fixed_a_fault(one.adapter, rule)):
+            yield Fault(f"{key}.adapter", what, fix)
+    if recipe.generator.scope is GeneratorScope.federated and (what := fixed_a_fault(GENERATOR, rule)):
+        yield Fault("generator.scope", f"federated sends preset {what}", "take another scope or rule")

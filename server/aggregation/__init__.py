@@ -6,13 +6,28 @@ from difflib import get_close_matches
 
 from common.errors import ConfigError
 from common.recipe import AggregationConfig
-from server.aggregation.base import AggregationRule, Share
+from server.aggregation.base import AggregationRule
 from server.aggregation.exact_split import ExactSplit
+from server.aggregation.fedex import FedEx
 from server.aggregation.fedit import FedIT
+from server.aggregation.fedsvd import FedSVD
+from server.aggregation.ffa import FFA
+from server.aggregation.flexlora import FlexLora
+from server.aggregation.flora import Flora
+from server.aggregation.hetlora import HetLora
+from server.aggregation.lora_fair import LoraFair
+from server.aggregation.shares import Share
 
 RULES: dict[str, type[AggregationRule]] = {
     "exact_split": ExactSplit,
     "fedit": FedIT,
+    "ffa": FFA,
+    "fedsvd": FedSVD,
+    "fedex": FedEx,
+    "lora_fair": LoraFair,
+    "flora": Flora,
+    "flexlora": FlexLora,
+    "hetlora": HetLora,
 }
 
 
@@ -23,7 +38,7 @@ def build_rule(config: AggregationConfig) -> AggregationRule:
         ConfigError: if no rule has that name, or if a setting of it is out of its range.
     """
     if config.rule not in RULES:
-        near = get_close_matches(config.rule, RULES, n=1, cutoff=0.4)
+        near = get_close_matches(config.rule.lower(), RULES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"aggregation.rule: no rule {config.rule!r}; {hint}known: {', '.join(RULES)}")
     return RULES[config.rule](config)

@@ -15,7 +15,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import ClassVar
 
 import torch
@@ -25,34 +25,12 @@ from common.adapter import FACTOR_SUFFIXES, Adapter, AdapterUpdate
 from common.canonical import canonical_json
 from common.errors import ArtefactError, ConfigError, FederationError
 from common.recipe import AggregationConfig
+from server.aggregation.shares import Share, share_faults
 
 
 def is_factor(name: str) -> bool:
     """Whether tensor ``name`` is a low-rank factor rather than a dense tensor."""
     return name.rpartition(".")[2] in FACTOR_SUFFIXES
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one site trains of the factors.
-
-    Attributes:
-        layers: that carry factors at this site, sorted.
-        trains_a: False: the site trains B alone, and A never comes back from it.
-    """
-
-    preset: str
-    rank: int
-    layers: tuple[str, ...]
-    trains_a: bool = True
-
-    @classmethod
-    def of(cls, adapter: Adapter) -> Share:
-        """The share of a site that is sent ``adapter``."""
-        sent_up = adapter.trained().tensors
-        layers = tuple(adapter.layers())
-        trains_a = all(f"{layer}.lora_A" in sent_up for layer in layers)
-        return cls(adapter.preset, adapter.rank, layers, trains_a)
 
 
 class AggregationRule(ABC):
@@ -103,7 +81,10 @@ class AggregationRule(ABC):
         return self._adapter(self.share_of(site))
 
     def global_adapter(self) -> Adapter:
-        """The teacher's adapter; the same function of an image as what every site is sent."""
+        """The teacher's adapter; the same function of an image as what every site of its rank is sent.
+
+        Where a rule folds what a low rank does not hold, and for equal ranks, that is every site.
+        """
         return self._adapter(self._whole_share)
 
     def share_of(self, site: str) -> Share:
@@ -145,7 +126,7 @@ class AggregationRule(ABC):
         Returns:
             The relative residual ``||down - mean||_F / ||mean||_F`` over all layers together, where
             ``mean`` is the dense mean of the replying sites' whole weight changes (folded and trained)
-            and ``down`` the weight change that the next `adapter_for` carries. 0 if the mean is 0.
+            and ``down`` the weight change that the next `global_adapter` carries. 0 if the mean is 0.
 
         Raises:
             FederationError: if nothing was folded.
@@ -215,9 +196,9 @@ class AggregationRule(ABC):
 
     # ---- what a rule says of the factors --------------------------------------------------------
 
-    @abstractmethod
     def _check_shares(self, initial: Adapter, shares: Mapping[str, Share]) -> list[str]:
-        """Faults, one line a site."""
+        """Faults, one line a site. What a rule takes, its name says (`share_faults`)."""
+        return share_faults(self.name, initial, shares)
 
     @abstractmethod
     def _start_layers(self, initial: Adapter) -> None: ...

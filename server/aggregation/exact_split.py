@@ -12,33 +12,25 @@ cross term of two sites appears. A site that trains B alone has the A that it wa
 
 Two things bound what goes down: ``energy``, the share of ``||G||^2`` that the components must hold, and
 ``max_rank``. What they cut off stays in ``G`` and comes with a later round (error feedback).
+
+Exact without such a cut, and at any mix of ranks and presets. Floats of a layer: r_k (in + out) up;
+n (in + out) down for n components, at most ``max_rank``. Noise on both factors is multiplied: every site's
+product ``N_B N_A`` of two noises is in ``G``; a site that trains B alone adds linear noise only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from common.adapter import Adapter
-from common.errors import ConfigError
 from common.recipe import AggregationConfig
-from server.aggregation.base import AggregationRule, Share
-
-
-@dataclass(frozen=True)
-class Down:
-    """The components of one layer that go down, strongest first: ``b`` (out, n), ``a`` (n, in)."""
-
-    a: Tensor
-    b: Tensor
-
-    def change(self) -> Tensor:
-        """Their product (out, in), float64, of the very values that the sites receive."""
-        return self.b.double() @ self.a.double()
+from server.aggregation.base import AggregationRule
+from server.aggregation.components import Components, Limits, check_caps, initial_change, strongest
+from server.aggregation.shares import Share
 
 
 class ExactSplit(AggregationRule):
@@ -46,27 +38,10 @@ class ExactSplit(AggregationRule):
 
     def __init__(self, config: AggregationConfig) -> None:
         super().__init__(config)
-        faults = []
-        if not 0 < config.energy <= 1:
-            faults.append(f"aggregation.energy: {config.energy}, must be above 0 and at most 1")
-        if config.max_rank < 1:
-            faults.append(f"aggregation.max_rank: {config.max_rank}, must be at least 1")
-        if faults:
-            raise ConfigError("exact_split has a setting out of its range", faults)
+        check_caps(self.name, config)
 
     def _check_shares(self, initial: Adapter, shares: Mapping[str, Share]) -> list[str]:
-        known = initial.layers()
-        faults = [
-            f"site {site!r} has rank {share.rank}; it must lie in 1 to {initial.rank}, the highest of the run"
-            for site, share in sorted(shares.items())
-            if share.layers and not 1 <= share.rank <= initial.rank
-        ]
-        for site, share in sorted(shares.items()):
-            if strange := sorted(set(share.layers) - set(known)):
-                faults.append(f"site {site!r} trains layers that the run does not have: {strange}")
-            # Its weight would count twice: inside the fused layer, and as the part that was cut from it.
-            if cut := [name for name in share.layers if any(name.startswith(f"{other}.") for other in known)]:
-                faults.append(f"site {site!r} trains parts of layers that others train whole: {cut}")
+        faults = super()._check_shares(initial, shares)
         if self.config.max_rank < initial.rank:
             faults.append(
                 f"aggregation.max_rank {self.config.max_rank} is below the adapter's rank {initial.rank}"
@@ -74,63 +49,30 @@ class ExactSplit(AggregationRule):
         return faults
 
     def _start_layers(self, initial: Adapter) -> None:
-        self._changes: dict[str, Tensor] = {}
-        for layer in initial.layers():
-            tensors = initial.tensors
-            change = tensors[f"{layer}.lora_B"].double() @ tensors[f"{layer}.lora_A"].double()
-            if f"{layer}.folded_A" in tensors:
-                change += tensors[f"{layer}.folded_B"].double() @ tensors[f"{layer}.folded_A"].double()
-            self._changes[layer] = change
-        self._down = {layer: self._decompose(layer, change) for layer, change in self._changes.items()}
+        self._changes = {layer: initial_change(initial, layer) for layer in initial.layers()}
+        self._down = {layer: self._components(layer, change) for layer, change in self._changes.items()}
 
-    def _decompose(self, layer: str, change: Tensor) -> Down:
-        """The components of ``change`` to send, balanced: ``b = U sqrt(S)``, ``a = sqrt(S) V^T``."""
-        u, s, vt = torch.linalg.svd(change, full_matrices=False)
-        # A component weaker than the strongest one's float32 rounding would be noise on arrival.
-        present = int((s > torch.finfo(torch.float32).eps * s[0]).sum())
-        energy = s.square().cumsum(0)
-        enough = int((energy < self.config.energy * energy[-1]).sum()) + 1
+    def _components(self, layer: str, change: Tensor) -> Components:
         # Trainable slots are paid for in any case, so they are filled beyond the asked energy.
-        count = min(present, max(self._started.rank, min(enough, self.config.max_rank)))
-        u, s, vt = u[:, :count], s[:count], vt[:count]
-        # The sign of a singular pair is free: fix it, so that the factors do not depend on the LAPACK.
-        largest = u.abs().argmax(dim=0, keepdim=True)
-        sign = u.gather(0, largest).squeeze(0).sign()
-        root = s.sqrt() * sign
-        dtype = self._started.tensors[f"{layer}.lora_A"].dtype
-        return Down(a=(root[:, None] * vt).to(dtype).contiguous(), b=(u * root).to(dtype).contiguous())
+        limits = Limits(self.config.max_rank, self.config.energy, least=self._started.rank)
+        return strongest(change, limits, self._started.tensors[f"{layer}.lora_A"].dtype)
 
-    def _trainable(self, layer: str, rank: int) -> tuple[Tensor, Tensor]:
-        """``A`` (rank, in) and ``B`` (out, rank) for a site of ``rank``.
-
-        Where ``G`` has fewer components, ``A`` keeps rows of the initial adapter and ``B`` is zero: the
-        product is not touched, and training has a direction to use.
-        """
-        down = self._down[layer]
-        have = min(rank, down.a.shape[0])
-        spare = self._started.tensors[f"{layer}.lora_A"][have:rank]
-        a = torch.cat([down.a[:have], spare])
-        b = torch.cat([down.b[:, :have], down.b.new_zeros(down.b.shape[0], rank - have)], dim=1)
-        return a, b
+    def _trainable(self, layer: str, rank: int) -> dict[str, Tensor]:
+        """Where ``G`` has fewer components than ``rank``, ``A`` keeps rows of the initial adapter."""
+        return self._down[layer].trainable(rank, self._started.tensors[f"{layer}.lora_A"])
 
     def _factors(self, layer: str, share: Share) -> dict[str, Tensor]:
-        factors, first_folded = {}, 0
-        if layer in share.layers:
-            first_folded = share.rank
-            factors["lora_A"], factors["lora_B"] = self._trainable(layer, share.rank)
-        down = self._down[layer]
-        if down.a.shape[0] > first_folded:
-            folded_a, folded_b = down.a[first_folded:].clone(), down.b[:, first_folded:].clone()
-            factors |= {"folded_A": folded_a, "folded_B": folded_b}
-        return factors
+        if layer not in share.layers:
+            return self._down[layer].folded()
+        return self._trainable(layer, share.rank) | self._down[layer].folded(skip=share.rank)
 
     def _open_layers(self) -> None:
         self._sums = {layer: torch.zeros_like(change) for layer, change in self._changes.items()}
 
     def _fold_layer(self, layer: str, a: Tensor, b: Tensor, weight: float) -> None:
-        sent_a, sent_b = self._trainable(layer, a.shape[0])
+        sent = self._trainable(layer, a.shape[0])
         self._sums[layer].addmm_(b, a, alpha=weight)
-        self._sums[layer].addmm_(sent_b.double(), sent_a.double(), alpha=-weight)
+        self._sums[layer].addmm_(sent["lora_B"].double(), sent["lora_A"].double(), alpha=-weight)
 
     def _close_layers(self, total: float) -> tuple[float, float]:
         changes, downs = {}, {}
@@ -138,7 +80,7 @@ class ExactSplit(AggregationRule):
         for layer, part in self._sums.items():
             step = part / total
             changes[layer] = self._changes[layer] + step
-            downs[layer] = self._decompose(layer, changes[layer])
+            downs[layer] = self._components(layer, changes[layer])
             # Every site, whatever its rank, started from the same sum of folded and trainable factors.
             mean = self._down[layer].change() + step
             error += float((downs[layer].change() - mean).square().sum())
@@ -159,4 +101,6 @@ class ExactSplit(AggregationRule):
     def _restore_layers(self, layers: dict[str, Tensor]) -> None:
         names = self._started.layers()
         self._changes = {layer: layers[f"{layer}.change"] for layer in names}
-        self._down = {layer: Down(layers[f"{layer}.down_A"], layers[f"{layer}.down_B"]) for layer in names}
+        self._down = {
+            layer: Components(layers[f"{layer}.down_A"], layers[f"{layer}.down_B"]) for layer in names
+        }

@@ -23,9 +23,11 @@ from tests.contract.dense_algebra import (
     BASE,
     EVERYTHING_GOES_DOWN,
     LAYERS,
+    begun_adapter,
     changes,
     dense_mean,
     distance,
+    doubled,
     frobenius,
     initial_adapter,
     play,
@@ -181,6 +183,22 @@ class AggregationRuleContract:
         updates = {site: train(rule.adapter_for(site), 0, scale=0.0) for site in self.ranks}
         assert play(rule, updates) == 0.0
         assert distance(changes(rule.global_adapter()), changes(before)) == 0.0
+
+    def test_a_start_that_already_changes_the_base_is_kept(self) -> None:
+        """A run may go on from an adapter of an earlier one, folded factors and all."""
+        rule = build_rule(AggregationConfig(rule=self.rule, **EVERYTHING_GOES_DOWN))
+        begun = begun_adapter(max(self.ranks.values()))
+        rule.start(begun, self.shares())
+        assert distance(changes(rule.global_adapter()), changes(begun)) <= 1e-6
+        sent = {site: rule.adapter_for(site) for site in self.ranks}
+        updates = self.updates(rule, 1, [1.0, 5.0, 2.0, 3.0])
+        residual = play(rule, updates)
+        mean = dense_mean(
+            [(update.weight, site_weights(sent[site], update)) for site, update in updates.items()]
+        )
+        down = changes(rule.global_adapter())
+        gap = {layer: down[layer] - mean[layer] for layer in mean}
+        assert residual == pytest.approx(frobenius(gap) / frobenius(mean), abs=1e-6)
 
     def test_no_update_is_kept_alive(self) -> None:
         rule = self.started()
@@ -346,3 +364,14 @@ class ExactRuleContract(AggregationRuleContract):
             for site in self.ranks:
                 assert distance(changes(rule.adapter_for(site)), oracle) <= 1e-6, (seed, site)
             assert distance(changes(rule.global_adapter()), oracle) <= 1e-6
+
+    def test_in_float64_every_site_has_the_dense_mean_to_1e_9(self) -> None:
+        rule = build_rule(AggregationConfig(rule=self.rule, **EVERYTHING_GOES_DOWN))
+        rule.start(doubled(initial_adapter(max(self.ranks.values()))), self.shares())
+        for seed in range(3):
+            sent = {site: rule.adapter_for(site) for site in self.ranks}
+            updates = self.updates(rule, seed, [4.0, 1.0, 7.0, 2.0])
+            parts = [(update.weight, site_weights(sent[site], update)) for site, update in updates.items()]
+            assert play(rule, updates) <= 1e-9
+            for site in self.ranks:
+                assert distance(changes(rule.adapter_for(site)), dense_mean(parts)) <= 1e-9

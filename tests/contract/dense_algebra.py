@@ -33,6 +33,22 @@ def initial_adapter(rank: int, seed: int = 0) -> Adapter:
     return Adapter(tensors, BASE, rank, "base")
 
 
+def begun_adapter(rank: int) -> Adapter:
+    """One that an earlier run left: B is not zero, and every layer has three folded components."""
+    generator = torch.Generator().manual_seed(7)
+    tensors = dict(initial_adapter(rank).tensors)
+    for layer, (out, width) in LAYERS.items():
+        tensors[f"{layer}.lora_B"] = torch.randn(out, rank, generator=generator)
+        tensors[f"{layer}.folded_A"] = torch.randn(3, width, generator=generator)
+        tensors[f"{layer}.folded_B"] = torch.randn(out, 3, generator=generator)
+    return Adapter(tensors, BASE, rank, "base")
+
+
+def doubled(adapter: Adapter) -> Adapter:
+    """The same in float64."""
+    return replace(adapter, tensors={name: tensor.double() for name, tensor in adapter.tensors.items()})
+
+
 def shares_of(
     ranks: Mapping[str, int], layers: Mapping[str, tuple[str, ...]] | None = None
 ) -> dict[str, Share]:
@@ -64,7 +80,7 @@ def dense_mean(parts: Sequence[tuple[float, dict[str, Tensor]]]) -> dict[str, Te
 
 def changes(adapter: Adapter) -> dict[str, Tensor]:
     """Layer -> its whole change in float64; zero where the adapter has no factor of it."""
-    exact = replace(adapter, tensors={name: tensor.double() for name, tensor in adapter.tensors.items()})
+    exact = doubled(adapter)
     present = {*adapter.layers(), *adapter.folded_layers()}
     return {
         layer: exact.change(layer) if layer in present else torch.zeros(shape, dtype=torch.float64)
@@ -92,3 +108,8 @@ def same_tensors(left: Adapter, right: Adapter) -> bool:
     return left.tensors.keys() == right.tensors.keys() and all(
         torch.equal(tensor, right.tensors[name]) for name, tensor in left.tensors.items()
     )
+
+
+def truncated(matrix: Tensor, rank: int) -> Tensor:
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :rank] * s[:rank] @ vt[:rank]

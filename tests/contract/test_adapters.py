@@ -216,6 +216,8 @@ def test_factors_mix_where_they_see_query_key_and_value_alike(first: str, second
         {PRESETS[first].kind, PRESETS[second].kind} == {Kind.lora} and "fused" not in (first, second)
     )
     assert bool(mix_faults((first, 8), chosen, "exact_split")) == (not mixable)
+    assert mix_faults((first, 8), chosen, "flora") == mix_faults((first, 8), chosen, "exact_split")
+    assert bool(mix_faults((first, 8), chosen, "flexlora")) == (first != second)
     assert mix_faults((first, 8), chosen, "fedit"), "FedIT has no mean of two ranks"
     assert not mix_faults((first, 4), {"a": (first, 4)}, "fedit")
 

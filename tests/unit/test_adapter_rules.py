@@ -27,6 +27,26 @@ from common.errors import ConfigError
         (["sites.west.adapter=fused"], "sites[1].adapter", "one fused layer, or three"),
         (["aggregation.rule=fedit", "sites.west.rank=2"], "sites[1].adapter", "one preset and rank for all"),
         (["aggregation.rule=fedit", "sites.west.adapter=lite"], "sites[1].adapter", "site west"),
+        (["aggregation.rule=fedex", "sites.west.rank=2"], "sites[1].adapter", "one preset and rank for all"),
+        (["aggregation.rule=lora_fair", "sites.west.rank=2"], "sites[1].adapter", "rule lora_fair takes one"),
+        (
+            ["aggregation.rule=flexlora", "sites.west.adapter=last3"],
+            "sites[1].adapter",
+            "ranks of one preset",
+        ),
+        (["aggregation.rule=hetlora", "sites.west.adapter=wide"], "sites[1].adapter", "ranks of one preset"),
+        (["aggregation.rule=ffa"], "teacher.adapter", "base, which trains the factor A too; rule ffa"),
+        (["aggregation.rule=fedsvd", "teacher.adapter=wide"], "teacher.adapter", "(preset dp)"),
+        (
+            ["aggregation.rule=ffa", "teacher.adapter=norm", "teacher.decoder=lora"],
+            "teacher.adapter",
+            "norm, which trains the factor A too",
+        ),
+        (
+            ["aggregation.rule=fedsvd", "teacher.adapter=dp", "generator.scope=federated"],
+            "generator.scope",
+            "generator, which trains the factor A too",
+        ),
     ],
 )
 def test_adapters_that_cannot_work_are_told_before_a_run(settings: list[str], key: str, said: str) -> None:
@@ -42,6 +62,12 @@ def test_adapters_that_cannot_work_are_told_before_a_run(settings: list[str], ke
     [
         ["sites.east.adapter=dp", "sites.west.adapter=wide", "sites.west.rank=3"],
         ["aggregation.rule=fedit", "sites.west.rank=8"],
+        ["aggregation.rule=flora", "sites.east.adapter=dp", "sites.west.adapter=wide", "sites.west.rank=3"],
+        ["aggregation.rule=flexlora", "sites.east.rank=2", "sites.west.rank=4"],
+        ["aggregation.rule=hetlora", "sites.west.rank=16"],
+        ["aggregation.rule=ffa", "teacher.adapter=dp"],
+        ["aggregation.rule=fedsvd", "teacher.adapter=dp", "teacher.rank=8"],
+        ["aggregation.rule=ffa", "teacher.adapter=norm"],
         ["teacher.adapter=last3", "teacher.cached_views=4"],
         ["teacher.adapter=norm", "teacher.decoder=lora", "teacher.rank=4"],
     ],
