@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.models.sam.modeling_sam import SamVisionAttention
 
 # Tokens from which positions are folded. CPU time folded / masked, heads of 64, one thread (forward;
@@ -28,6 +29,9 @@ LANES = 8  # torch's memory-efficient CUDA kernel takes head widths that are mul
 # The wide copies exist for so many heads at a time. At 4096 tokens and 12 heads of 64, forward and backward,
 # all at once peak at 0.19 of eager's memory, groups of 3 at 0.16, of 1 at 0.15, for the same CPU time.
 HEADS_AT_ONCE = 2
+
+# Tokens from which a group's wide copies are made again in the backward pass instead of kept.
+RECOMPUTE_FROM = 4096
 
 Parts = tuple[Tensor, Tensor, Tensor]  # query, key, value
 Tables = tuple[Tensor, Tensor]
@@ -90,6 +94,10 @@ def masked(parts: Parts, tables: Tables, scale: float) -> Tensor:
 def folded(parts: Parts, tables: Tables, scale: float) -> Tensor:
     """Query, key and value (B, heads, T, d) -> (B, heads, T, d), with heads of d + h + w entries instead."""
     groups = zip(*(torch.split(part, HEADS_AT_ONCE, dim=1) for part in parts), strict=True)
+    if parts[0].requires_grad and parts[0].shape[2] >= RECOMPUTE_FROM:
+        return torch.cat(
+            [checkpoint(_fold, group, tables, scale, use_reentrant=False) for group in groups], 1
+        )
     return torch.cat([_fold(group, tables, scale) for group in groups], 1)
 
 

@@ -63,6 +63,30 @@ def test_both_equal_the_eager_module_gradients_too(grid: tuple[int, int], fold_f
         assert torch.allclose(gradient, wanted[name], atol=1e-5), name
 
 
+def test_made_again_in_the_backward_pass_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, outputs and gradients; and it is made again, once a group."""
+    module, hidden = taken_over(eager_module(5, 7, heads=4), ALWAYS), torch.randn(2, 5, 7, 32)
+    expected, wanted = with_gradients(module, hidden)
+    module.zero_grad()
+    calls: list[int] = []
+    plain = attention._fold
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(1)
+        return plain(*arguments)
+
+    monkeypatch.setattr(attention, "_fold", counted)
+    monkeypatch.setattr(attention, "RECOMPUTE_FROM", 1)
+    output, gradients = with_gradients(module, hidden)
+    assert len(calls) == 2 * 2, "two groups of two heads, each twice"
+    assert torch.equal(output, expected)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, wanted[name]), name
+    with torch.no_grad():
+        module(hidden)
+    assert len(calls) == 2 * 2 + 2, "nothing is kept back without gradients"
+
+
 @pytest.mark.parametrize("fold_from", [ALWAYS, NEVER], ids=["folded", "masked"])
 def test_positions_matter(fold_from: int) -> None:
     """With its tables at zero the module gives something else: the comparison above could have failed."""
