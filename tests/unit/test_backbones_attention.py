@@ -64,7 +64,7 @@ def test_both_equal_the_eager_module_gradients_too(grid: tuple[int, int], fold_f
 
 
 def test_made_again_in_the_backward_pass_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit, outputs and gradients; and it is made again, once a group."""
+    """Outputs and gradients within 1e-6; and it is made again, head by head."""
     module, hidden = taken_over(eager_module(5, 7, heads=4), ALWAYS), torch.randn(2, 5, 7, 32)
     expected, wanted = with_gradients(module, hidden)
     module.zero_grad()
@@ -78,13 +78,13 @@ def test_made_again_in_the_backward_pass_it_is_the_same(monkeypatch: pytest.Monk
     monkeypatch.setattr(attention, "_fold", counted)
     monkeypatch.setattr(attention, "RECOMPUTE_FROM", 1)
     output, gradients = with_gradients(module, hidden)
-    assert len(calls) == 2 * 2, "two groups of two heads, each twice"
-    assert torch.equal(output, expected)
+    assert len(calls) == 4 * 2, "four heads, each twice"
+    assert torch.allclose(output, expected, atol=1e-6)
     for name, gradient in gradients.items():
-        assert torch.equal(gradient, wanted[name]), name
+        assert torch.allclose(gradient, wanted[name], atol=1e-6), name
     with torch.no_grad():
         module(hidden)
-    assert len(calls) == 2 * 2 + 2, "nothing is kept back without gradients"
+    assert len(calls) == 4 * 2 + 2, "without gradients two heads at a time, once"
 
 
 @pytest.mark.parametrize("fold_from", [ALWAYS, NEVER], ids=["folded", "masked"])
