@@ -54,9 +54,9 @@ class Scale:
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers from ``low`` to ``high``: steps of 1, 2 or 5 times a power of ten."""
-    if high <= low:
-        return [low]
     raw = (high - low) / wanted
+    if raw < 1e-11:  # nothing that a rounded label could tell apart
+        return [low]
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from server.report import charts, wording
@@ -24,6 +24,7 @@ def test_ticks_are_few_round_and_inside(low: float, length: float) -> None:
 
 
 @settings(deadline=None)
+@example([[5e-324]])
 @given(st.lists(st.lists(st.floats(0, 50), min_size=0, max_size=5), min_size=1, max_size=9))
 def test_curves_stay_inside_their_frame(losses: list[list[float]]) -> None:
     series = {f"site-{number}": [(0, values), (2, values)] for number, values in enumerate(losses)}
