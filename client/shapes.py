@@ -120,7 +120,8 @@ def vessels(
             radius = max(width[0] / 2, radius * 0.997)
             if not (-2 <= row < size + 2 and -2 <= column < size + 2):
                 break
-            _stamp_disc(canvas, row, column, radius)
+            if (disc := soft_disc(size, row, column, radius)) is not None:
+                np.maximum(canvas[disc[0]], disc[1], out=canvas[disc[0]])
             if rng.random() < 0.03 and radius > width[0] / 2 * 1.1:
                 side = heading + float(rng.choice([-1, 1]) * rng.uniform(0.4, 1.0))
                 tips.append((row, column, side, max(width[0] / 2, radius * float(rng.uniform(0.5, 0.8)))))
@@ -128,16 +129,18 @@ def vessels(
     return canvas
 
 
-def _stamp_disc(canvas: FloatImage, row: float, column: float, radius: float) -> None:
-    size = canvas.shape[0]
+def soft_disc(
+    size: int, row: float, column: float, radius: float
+) -> tuple[tuple[slice, slice], FloatImage] | None:
+    """The part of a (size, size) image that a disc touches, and its coverage there; None outside."""
     reach = radius + 1
     top, bottom = max(0, int(row - reach)), min(size, int(row + reach) + 2)
     left, right = max(0, int(column - reach)), min(size, int(column + reach) + 2)
     if top >= bottom or left >= right:
-        return
+        return None
     distance = np.hypot(np.arange(top, bottom)[:, None] - row, np.arange(left, right)[None, :] - column)
-    view = canvas[top:bottom, left:right]
-    np.maximum(view, np.clip(radius - distance + 0.5, 0, 1), out=view)
+    coverage: FloatImage = np.clip(radius - distance + 0.5, 0, 1).astype(np.float32)
+    return (slice(top, bottom), slice(left, right)), coverage
 
 
 def lesion(rng: np.random.Generator, size: int, radius: tuple[float, float], count: int = 1) -> IntImage:

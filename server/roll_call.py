@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from common import wire
 from common.errors import ArtefactError, DeadlinePassed
 from common.guard_api import PlanAnswer
-from common.plan import Stage
+from common.plan import RunPlan, Stage
 from common.recipe import Recipe
 from server.outcome import RunOutcome, SiteAdapter, SiteRefusal
 from server.report.schema import Rejection, RoundRecord
@@ -44,12 +44,7 @@ def call_the_roll(rounds: Rounds, recipe: Recipe, before: RunOutcome | None) -> 
         return wire.encode_proposal(rounds.order(Stage.propose, 0), rounds.plan)
 
     def take(label: str, content: wire.Content) -> None:
-        answer = wire.decode_answer(content)
-        if answer.plan_sha256 != rounds.plan.digest:
-            raise ArtefactError("an answer to another plan")
-        if answer.agrees and rounds.plan.variant(answer.preset, answer.rank) is None:
-            raise ArtefactError("an adapter that the plan does not list")
-        answers[label] = answer
+        answers[label] = _admitted(wire.decode_answer(content), rounds.plan)
 
     finished = rounds.ask(rounds.errand(Stage.propose, 0, write, take), "proposal", nodes)
     faults = _faults(answers, recipe, before)
@@ -69,6 +64,15 @@ def call_the_roll(rounds: Rounds, recipe: Recipe, before: RunOutcome | None) -> 
         refusals=[SiteRefusal(answer.site, answer.code, answer.field) for answer in refused],
         record=finished.record(),
     )
+
+
+def _admitted(answer: PlanAnswer, plan: RunPlan) -> PlanAnswer:
+    """``answer``, if it is one to ``plan``. Raises ``ArtefactError``."""
+    if answer.plan_sha256 != plan.digest:
+        raise ArtefactError("an answer to another plan")
+    if answer.agrees and plan.variant(answer.preset, answer.rank) is None:
+        raise ArtefactError("an adapter that the plan does not list")
+    return answer
 
 
 def _online(rounds: Rounds, recipe: Recipe) -> dict[str, int]:

@@ -80,11 +80,12 @@ class Bank:
 def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Weighted BCE over all heads plus batch Dice over the heads that occur; both (B, 5, S, S)."""
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((0, 2, 3))
+    weight = HEAD_WEIGHT.to(logits.device)
     probability = logits.sigmoid()
     both = (probability * target).sum((0, 2, 3))
     total = probability.sum((0, 2, 3)) + target.sum((0, 2, 3))
     dice = (1 - (2 * both + 1) / (total + 1)) * (target.sum((0, 2, 3)) > 0)
-    return ((entropy + dice) * HEAD_WEIGHT).sum() / HEAD_WEIGHT.sum()
+    return ((entropy + dice) * weight).sum() / weight.sum()
 
 
 @torch.no_grad()
@@ -173,10 +174,10 @@ class MaskedPatches(nn.Module):
 class TeacherTraining(nn.Module):
     """The teacher and what is only needed to pre-train it."""
 
-    def __init__(self, seed: int, multi_scale: bool) -> None:
+    def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(derive_seed(seed, "teacher", "init"))
-        self.teacher = Teacher(build_backbone("sam", TINY_SAM), len(HEADS), multi_scale)
+        self.teacher = Teacher(build_backbone("sam", TINY_SAM), len(HEADS))
         nn.init.normal_(self.teacher.encoder.get_parameter("vision_encoder.pos_embed"), std=0.02)
         self.masked = MaskedPatches(self.teacher.encoder, 0.3, derive_seed(seed, "teacher", "masked"))
 
@@ -191,8 +192,9 @@ class TeacherTraining(nn.Module):
         return segmentation_loss(output.logits.float(), target) + extra
 
 
-def pretrain_teacher(seed: int, steps: int, device: str = "cpu", multi_scale: bool = True) -> None:
-    training = TeacherTraining(seed, multi_scale).to(device)
+def pretrain_teacher(seed: int, steps: int, device: str = "cpu") -> None:
+    """On ``device``; on another than the processor the same seed need not give the same bits."""
+    training = TeacherTraining(seed).to(device)
     bank = Bank.make(derive_seed(seed, "scenes"), SCENES, tissues=TISSUES)
     rng = derive_rng(seed, "teacher", "batches")
 
@@ -208,7 +210,9 @@ def pretrain_teacher(seed: int, steps: int, device: str = "cpu", multi_scale: bo
     more = {
         "encoder": {"family": "sam", "config": TINY_SAM},
         "preprocessing": {"mean": TINY.mean, "std": TINY.std, "channel_order": "RGB", "range": [0, 1]},
-        "multi_scale": multi_scale,
+        "multi_scale": network.multi_scale,
+        "trained_on": "procedural scenes only (simulations/scenes.py, simulations/tissues.py); no real image",
+        "device": device,
     }
     measured = {"heads": list(HEADS), "validation_dice": dice, "losses": losses}
     _ship("teacher", network.half(), seed, steps, {**more, **measured})
@@ -275,7 +279,7 @@ def _ship(kind: str, network: nn.Module, seed: int, steps: int, more: dict[str, 
         "image_size": SIZE,
         "seed": seed,
         "steps": steps,
-        "trained_on": "procedural scenes only (simulations/scenes.py, simulations/tissues.py); no real image",
+        "trained_on": "procedural scenes only (simulations/scenes.py); no real image",
         "licence": LICENCE,
         "reproduce": f"python -m simulations.pretrain {kind} --seed {seed} --steps {steps}",
         "torch": torch.__version__,
@@ -287,7 +291,11 @@ def _ship(kind: str, network: nn.Module, seed: int, steps: int, more: dict[str, 
 
 
 DEFAULT_STEPS = {"teacher": 6000, "student": 2000, "generator": 1600}
-MAKERS = {"teacher": pretrain_teacher, "student": pretrain_student, "generator": pretrain_generator}
+MAKERS: dict[str, Callable[..., None]] = {
+    "teacher": pretrain_teacher,
+    "student": pretrain_student,
+    "generator": pretrain_generator,
+}
 
 
 def main() -> None:
@@ -295,10 +303,12 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", metavar="KIND", help="teacher, student, generator (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="optimiser steps (default: as shipped)")
+    parser.add_argument("--device", default="cpu", help="of the teacher's training (cpu, cuda)")
     given = parser.parse_args()
     torch.set_num_threads(1)
     for kind in given.kinds or MAKERS:
-        MAKERS[kind](given.seed, given.steps or DEFAULT_STEPS[kind])
+        on = {"device": given.device} if kind == "teacher" else {}
+        MAKERS[kind](given.seed, given.steps or DEFAULT_STEPS[kind], **on)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from client.shapes import FloatImage, IntImage, cells, lesion
+from client.shapes import FloatImage, IntImage, cells, lesion, soft_disc
 from simulations.scenes import TARGETS, Scene, smooth_noise, stretch, texture
 
 
@@ -51,21 +51,11 @@ def fine_tree(rng: np.random.Generator, size: int) -> tuple[FloatImage, FloatIma
 
 
 def _stamp(cover: FloatImage, width: FloatImage, row: float, column: float, radius: float) -> None:
-    size = cover.shape[0]
-    reach = radius + 1
-    top, bottom = max(0, int(row - reach)), min(size, int(row + reach) + 2)
-    left, right = max(0, int(column - reach)), min(size, int(column + reach) + 2)
-    if top >= bottom or left >= right:
-        return
-    distance = np.hypot(np.arange(top, bottom)[:, None] - row, np.arange(left, right)[None, :] - column)
-    soft = np.clip(radius - distance + 0.5, 0, 1).astype(np.float32)
-    np.maximum(cover[top:bottom, left:right], soft, out=cover[top:bottom, left:right])
-    np.maximum(
-        width[top:bottom, left:right],
-        (soft > 0) * 2 * radius,
-        out=width[top:bottom, left:right],
-        casting="same_kind",
-    )
+    disc = soft_disc(len(cover), row, column, radius)
+    if disc is not None:
+        where, soft = disc
+        np.maximum(cover[where], soft, out=cover[where])
+        np.maximum(width[where], (soft > 0) * 2 * radius, out=width[where], casting="same_kind")
 
 
 def fundus(rng: np.random.Generator, size: int) -> Scene:

@@ -94,22 +94,23 @@ def masked(parts: Parts, tables: Tables, scale: float) -> Tensor:
 
 def folded(parts: Parts, tables: Tables, scale: float) -> Tensor:
     """Query, key and value (B, heads, T, d) -> (B, heads, T, d), with heads of d + h + w entries instead."""
+    places = _places(len(tables[0]), len(tables[1])).to(parts[1])
     again = parts[0].requires_grad and parts[0].shape[2] >= RECOMPUTE_FROM
     groups = zip(*(torch.split(part, 1 if again else HEADS_AT_ONCE, dim=1) for part in parts), strict=True)
     if again:
         return torch.cat(
-            [checkpoint(_fold, group, tables, scale, use_reentrant=False) for group in groups], 1
+            [checkpoint(_fold, group, tables, places, scale, use_reentrant=False) for group in groups], 1
         )
-    return torch.cat([_fold(group, tables, scale) for group in groups], 1)
+    return torch.cat([_fold(group, tables, places, scale) for group in groups], 1)
 
 
-def _fold(parts: Parts, tables: Tables, scale: float) -> Tensor:
+def _fold(parts: Parts, tables: Tables, places: Tensor, scale: float) -> Tensor:
     query, key, value = parts
     height, width = len(tables[0]), len(tables[1])
     # Value gets the same width: with another one torch leaves its fused kernel for one that builds T x T.
     spare = -(query.shape[-1] + height + width) % LANES
     wide = F.pad(torch.cat([query * scale, *_position_terms(query, tables)], -1), (0, spare))
-    places = F.pad(_places(height, width).to(key), (0, spare)).expand(*key.shape[:-1], -1)
+    places = F.pad(places, (0, spare)).expand(*key.shape[:-1], -1)
     seen = F.scaled_dot_product_attention(
         wide, torch.cat([key, places], -1), F.pad(value, (0, height + width + spare)), scale=1.0
     )

@@ -10,6 +10,15 @@ from torch import Tensor, nn
 
 from common.errors import ConfigError
 
+# Roles (`Backbone.LAYERS`) of an attention with one fused layer, before and after `split_fused`.
+FUSED_ROLES = {
+    "qkv": ("attn.qkv",),
+    "q": ("attn.qkv.q",),
+    "k": ("attn.qkv.k",),
+    "v": ("attn.qkv.v",),
+    "out": ("attn.proj",),
+}
+
 
 class SplitQkv(nn.Module):
     """Three linear layers ``q``, ``k`` and ``v`` whose outputs, side by side, are the fused layer's.

@@ -12,20 +12,13 @@ from transformers import SamVisionConfig, SamVisionModel
 
 from common.backbones.attention import RelativeAttention
 from common.backbones.base import Backbone, Features, Progress, prepared_side, spread
-from common.backbones.projections import split_fused
+from common.backbones.projections import FUSED_ROLES, split_fused
 
 
 class SamBackbone(Backbone):
     """SAM, MedSAM and ``ward-sam-tiny``; hidden states are (B, h, w, C)."""
 
-    LAYERS: Mapping[str, tuple[str, ...]] = {
-        "qkv": ("attn.qkv",),
-        "q": ("attn.qkv.q",),
-        "k": ("attn.qkv.k",),
-        "v": ("attn.qkv.v",),
-        "out": ("attn.proj",),
-        "mlp": ("mlp.lin1", "mlp.lin2"),
-    }
+    LAYERS: Mapping[str, tuple[str, ...]] = {**FUSED_ROLES, "mlp": ("mlp.lin1", "mlp.lin2")}
 
     def __init__(self, config: SamVisionConfig) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Sam2VisionConfig, Sam2VisionModel
 
 from common.backbones.base import Backbone, Features, Progress
-from common.backbones.projections import split_fused
+from common.backbones.projections import FUSED_ROLES, split_fused
 from common.errors import ArtefactError
 
 
@@ -23,14 +23,7 @@ class Sam2Backbone(Backbone):
     Taps are the ends of all stages but the last, whose end is the hidden state that `finish` gets.
     """
 
-    LAYERS: Mapping[str, tuple[str, ...]] = {
-        "qkv": ("attn.qkv",),
-        "q": ("attn.qkv.q",),
-        "k": ("attn.qkv.k",),
-        "v": ("attn.qkv.v",),
-        "out": ("attn.proj",),
-        "mlp": ("mlp.proj_in", "mlp.proj_out"),
-    }
+    LAYERS: Mapping[str, tuple[str, ...]] = {**FUSED_ROLES, "mlp": ("mlp.proj_in", "mlp.proj_out")}
 
     def __init__(self, config: Sam2VisionConfig) -> None:
         super().__init__()

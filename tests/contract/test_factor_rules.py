@@ -20,8 +20,10 @@ from server.aggregation.fedsvd import turned
 from tests.contract.aggregation_rule import AggregationRuleContract, ExactRuleContract
 from tests.contract.dense_algebra import (
     BASE,
+    EQUAL,
     EVERYTHING_GOES_DOWN,
     LAYERS,
+    WEIGHTS,
     changes,
     dense_mean,
     distance,
@@ -33,9 +35,6 @@ from tests.contract.dense_algebra import (
     train,
     truncated,
 )
-
-EQUAL = {"a": 4, "b": 4, "c": 4, "d": 4}
-WEIGHTS = [1.0, 5.0, 2.0, 3.0]
 
 
 def in_float64(name: str, **chosen: float) -> AggregationRule:

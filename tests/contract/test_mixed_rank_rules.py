@@ -13,8 +13,10 @@ from common.recipe import AggregationConfig
 from server.aggregation import Share, build_rule
 from tests.contract.aggregation_rule import AggregationRuleContract, ExactRuleContract
 from tests.contract.dense_algebra import (
+    EQUAL,
     EVERYTHING_GOES_DOWN,
     LAYERS,
+    WEIGHTS,
     changes,
     dense_mean,
     distance,
@@ -27,9 +29,7 @@ from tests.contract.dense_algebra import (
     truncated,
 )
 
-EQUAL = {"a": 4, "b": 4, "c": 4, "d": 4}
 MIXED = {"a": 2, "b": 4, "c": 8, "d": 2}
-WEIGHTS = [1.0, 5.0, 2.0, 3.0]
 
 
 class FloraContract(ExactRuleContract):

@@ -62,6 +62,12 @@ def test_the_loss_is_zero_for_the_truth_and_counts_thin_structures_most() -> Non
     assert HEAD_WEIGHT.argmax() == 0
 
 
+def test_the_loss_follows_the_device_of_its_logits() -> None:
+    """The meta device stands for a GPU: a tensor left on the processor would be refused."""
+    target = torch.zeros(2, 5, 8, 8, device="meta")
+    assert segmentation_loss(torch.zeros_like(target), target).device.type == "meta"
+
+
 def test_a_dimmed_batch_keeps_its_order_and_leaves_the_full_range() -> None:
     image = torch.rand(4, 3, 16, 16)
     seen = [dim(image, np.random.default_rng(seed)) for seed in range(12)]
