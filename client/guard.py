@@ -22,6 +22,7 @@ from common.adapter import Adapter, AdapterUpdate
 from common.errors import ArtefactError, DataError, PolicyRefusal
 from common.guard_api import PlanAnswer, SiteCounts, SiteMetrics, StudentNote
 from common.plan import Round, RunPlan, Stage
+from common.precision import pack, unpack
 from common.style import StyleSummary
 
 
@@ -52,7 +53,7 @@ class Guard:
     def adapt(self, order: Round, adapter: Adapter) -> AdapterUpdate:
         plan = self.site.accepted_plan(order.plan_sha256)
         train = self._labelled(plan)
-        adaptation = workshop.adapt_teacher(self.site, plan, adapter, train, order)
+        adaptation = workshop.adapt_teacher(self.site, plan, unpack(adapter), train, order)
         return self._release_update(plan, order, adapter, adaptation, len(train))
 
     def style(self, order: Round) -> StyleSummary:
@@ -71,7 +72,7 @@ class Guard:
     def train_generator(self, order: Round, adapter: Adapter) -> AdapterUpdate:
         plan = self.site.accepted_plan(order.plan_sha256)
         train = self._labelled(plan)
-        adaptation = workshop.adapt_generator(self.site, plan, adapter, train, order)
+        adaptation = workshop.adapt_generator(self.site, plan, unpack(adapter), train, order)
         return self._release_update(plan, order, adapter, adaptation, len(train))
 
     def train_student(
@@ -79,7 +80,8 @@ class Guard:
     ) -> StudentNote:
         plan = self.site.accepted_plan(order.plan_sha256)
         train, deadline = of_split(self._patients(plan), Split.train), Deadline(order.deadline_s)
-        note = workshop.Workshop(self.site, plan, adapter, styles, generator, train, deadline).run()
+        shared = None if generator is None else unpack(generator)
+        note = workshop.Workshop(self.site, plan, unpack(adapter), styles, shared, train, deadline).run()
         self._egress(plan).release_numbers(order.stage, order.index, "note", asdict(note))
         return note
 
@@ -87,7 +89,7 @@ class Guard:
         plan = self.site.accepted_plan(order.plan_sha256)
         everyone = self._patients(plan)
         test = of_split(everyone, Split.test)
-        metrics = workshop.evaluate_models(self.site, plan, adapter, test, Deadline(order.deadline_s))
+        metrics = workshop.evaluate_models(self.site, plan, unpack(adapter), test, Deadline(order.deadline_s))
         answer = SiteMetrics(self.site.name, count_patients(everyone), metrics)
         self._egress(plan).release_numbers(order.stage, order.index, "metrics", asdict(answer))
         return answer
@@ -125,8 +127,9 @@ class Guard:
     def _release_update(
         self, plan: RunPlan, order: Round, sent: Adapter, trained: workshop.Adaptation, patients: int
     ) -> AdapterUpdate:
+        step = trained.adapter.trained().step_from(unpack(sent))
         update = AdapterUpdate(
-            adapter=trained.adapter.trained(),
+            adapter=pack(step, plan.aggregation.wire_dtype),
             weight=float(min(patients, self.site.policy.max_weight)),
             started_from=sent.digest,
             losses=trained.losses,

@@ -80,6 +80,14 @@ class Adapter:
         left = (".folded_A", ".folded_B") if sends_a(self.preset) else (".folded_A", ".folded_B", ".lora_A")
         return replace(self, tensors={k: v for k, v in self.tensors.items() if not k.endswith(left)})
 
+    def step_from(self, start: Adapter) -> Adapter:
+        """How far each of this adapter's tensors lies from that of ``start``, which may hold more."""
+        return replace(self, tensors={k: v - start.tensors[k] for k, v in self.tensors.items()})
+
+    def advanced(self, step: Adapter) -> Adapter:
+        """What a site trained that was sent this and answered ``step``; of the tensors that moved."""
+        return replace(step, tensors={k: self.tensors[k] + v for k, v in step.tensors.items()})
+
     def change(self, layer: str) -> Tensor:
         """The whole change of ``layer``'s weight (out, in): trained and folded factors together."""
         parts = [
@@ -112,10 +120,11 @@ class Adapter:
 
 @dataclass(frozen=True)
 class AdapterUpdate:
-    """What leaves a site after training: its trained tensors and how to weigh them.
+    """What leaves a site after training: how far its trained tensors moved, and how to weigh them.
 
     Attributes:
-        adapter: what the site trained (`Adapter.trained`).
+        adapter: the step from what it was sent to what it trained (`Adapter.step_from`), packed as the
+            plan says (`common.precision`). The server makes `Adapter.trained` of it again.
         weight: declared patient count, capped by the site's policy.
         started_from: digest of the adapter that the site was sent.
         mechanism: the differential-privacy event behind it, or "none".

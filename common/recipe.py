@@ -72,6 +72,12 @@ class GeneratorScope(StrEnum):
     none = "none"  # no synthetic image
 
 
+class WireDtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"  # up; down it is bfloat16
+
+
 class DecoderTraining(StrEnum):
     full = "full"  # every weight of the decoder travels
     lora = "lora"  # factors on its convolutions, and the head as it is
@@ -200,6 +206,7 @@ class AggregationConfig:
     rule: str = "exact_split"
     energy: float = 0.999  # share of the update's squared Frobenius norm that goes down to the sites
     max_rank: int = 64  # cap on the rank that goes down
+    wire_dtype: WireDtype = WireDtype.bfloat16  # of adapters and updates on their way (common/precision.py)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from common.adapter import AdapterUpdate
 from common.durable import write_atomic
 from common.errors import ArtefactError, DeadlinePassed
 from common.plan import Stage
+from common.wire.sizes import is_larger, message_bytes
 from server.events import EventLog
 from server.report.schema import Rejection
 
@@ -34,6 +35,7 @@ PULLS_AT_ONCE = 2
 TTL_SLACK_S = 60.0
 DEADLINE = DeadlinePassed.border_code
 NOT_SENT = "NOT_SENT"
+TOO_LARGE = "TOO_LARGE"
 
 monotonic: Callable[[], float] = time.monotonic
 Write: TypeAlias = Callable[[str], wire.Content]
@@ -46,6 +48,7 @@ class Errand:
 
     Attributes:
         deadline_s: for each site's reply, from its push.
+        max_bytes: of a reply; a larger one is dropped before anything looks into it.
         write: site -> the request. Called just before the push, so that requests do not pile up.
         take: site, reply -> None. Decodes, screens and folds; raises ``ArtefactError`` to reject.
     """
@@ -55,6 +58,7 @@ class Errand:
     deadline_s: float
     write: Write
     take: Take
+    max_bytes: int
 
 
 @dataclass
@@ -192,7 +196,7 @@ class _Loop:
         message = wire.request_message(
             errand.write(site), self.nodes[site], errand.stage, errand.deadline_s + TTL_SLACK_S
         )
-        size = wire.message_bytes(message)
+        size = message_bytes(message)
         message_ids = list(self.owner.grid.push_messages([message]))
         if not message_ids or not message_ids[0]:
             self._drop(site, NOT_SENT)
@@ -229,7 +233,10 @@ class _Loop:
         return sum(monotonic() - pull.started < STUCK_S for pull in pulls)
 
     def _arrive(self, site: str, reply: Message) -> None:
-        size = wire.message_bytes(reply)
+        if reply.has_content() and is_larger(reply.content, self.errand.max_bytes):
+            self._drop(site, TOO_LARGE)
+            return
+        size = message_bytes(reply)
         self.result.bytes_up[site] = size
         self._event("message", site, direction="up", bytes=size)
         if reply.has_error():

@@ -19,6 +19,7 @@ from common.canonical import canonical_json
 from common.durable import write_atomic
 from common.errors import WardroundError
 from common.plan import PayloadSpec, RunPlan, Stage
+from common.precision import pack_down, unpack
 from common.recipe import Recipe
 from server.aggregation import AggregationRule, Share, build_rule
 from server.collect import Collector, Errand, Take
@@ -146,11 +147,10 @@ class Walk:
             return
         notes = {}
         rule = self.rules.get(Stage.generator)
-        generator = rule.global_adapter() if rule else None
+        generator = pack_down(rule.global_adapter(), self.plan.aggregation.wire_dtype) if rule else None
 
         def write(site: str) -> wire.Content:
-            adapter = self.rules[Stage.adapt].adapter_for(site)
-            request = wire.StudentRequest(adapter, self.outcome.styles, generator)
+            request = wire.StudentRequest(self._down(Stage.adapt, site), self.outcome.styles, generator)
             return wire.encode_student_request(self.rounds.order(Stage.student, 0), request)
 
         def take(site: str, content: wire.Content) -> None:
@@ -168,8 +168,7 @@ class Walk:
         metrics = {}
 
         def write(site: str) -> wire.Content:
-            adapter = self.rules[Stage.adapt].adapter_for(site)
-            return wire.encode_request(self.rounds.order(Stage.evaluate, 0), adapter)
+            return wire.encode_request(self.rounds.order(Stage.evaluate, 0), self._down(Stage.adapt, site))
 
         def take(site: str, content: wire.Content) -> None:
             found = wire.decode_metrics(content)
@@ -189,7 +188,7 @@ class Walk:
         losses: dict[str, list[float]] = {}
 
         def write(site: str) -> wire.Content:
-            order, adapter = self.rounds.order(stage, index), rule.adapter_for(site)
+            order, adapter = self.rounds.order(stage, index), self._down(stage, site)
             sent[site] = Sent.of(adapter, order.nonce)
             return wire.encode_request(order, adapter)
 
@@ -198,7 +197,8 @@ class Walk:
             self.rounds.live.watch(update)
             cap = self.recipe.policy.max_weight
             admit(update, nonce, sent[site], self._payload(stage, site), cap, self.seen_nonces)
-            rule.fold(site, update)
+            trained = rule.adapter_for(site).advanced(unpack(update.adapter))
+            rule.fold(site, replace(update, adapter=trained))
             losses[site] = [loss for loss in update.losses if loss == loss]  # NaN: not measured
 
         rule.open_round()
@@ -206,6 +206,10 @@ class Walk:
         done = self.rounds.run(self.rounds.errand(stage, index, write, take), f"{title}, round {index + 1}")
         residual = rule.close_round()
         self._keep(self.outcome.with_round(done.record(residual, losses)))
+
+    def _down(self, stage: Stage, site: str) -> Adapter:
+        """What ``site`` is sent in ``stage``, as it travels."""
+        return pack_down(self.rules[stage].adapter_for(site), self.plan.aggregation.wire_dtype)
 
     def _payload(self, stage: Stage, site: str) -> PayloadSpec:
         """What the plan lets ``site`` send up in ``stage``."""

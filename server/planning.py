@@ -19,7 +19,8 @@ from torch import Tensor
 from common.adapter import Adapter
 from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
 from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant
-from common.recipe import GeneratorScope, Recipe, TeacherConfig
+from common.precision import pack
+from common.recipe import GeneratorScope, Recipe, TeacherConfig, WireDtype
 from common.style import StyleSummary
 from common.tuning.presets import rank_of, site_teacher
 
@@ -28,6 +29,7 @@ SHIPPED_CODE = ("client", "common", "server")
 UPDATE_NUMBERS = ["weight", "started_from", "mechanism", "losses"]
 FRAMING = 1.02  # an update is its tensors and at most 2 % around them
 UPDATE_NUMBERS_BYTES = 1024
+LAYOUT_BYTES = 32  # beside a tensor's name: its shape, in the layout
 TABLES: dict[Stage, tuple[str, type, int]] = {  # stage: the table's name, its fields, most bytes
     Stage.propose: ("answer", PlanAnswer, 4 << 10),
     Stage.style: ("style", StyleSummary, 64 << 10),
@@ -93,7 +95,7 @@ def model_digests(recipe: Recipe) -> dict[str, str]:
 def build_plan(recipe: Recipe, run_id: str) -> RunPlan:
     """The whole job as one object with one digest. Raises ``ArtefactError`` for models that are not there."""
     first = first_adapters(recipe)
-    stages = run_stages(recipe)
+    stages, wire = run_stages(recipe), recipe.aggregation.wire_dtype
     return RunPlan(
         run_id=run_id,
         seed=recipe.run.seed,
@@ -101,8 +103,8 @@ def build_plan(recipe: Recipe, run_id: str) -> RunPlan:
         code_sha256=code_sha256(),
         models=model_digests(recipe),
         stages=stages,
-        payloads=[_payload(stage, first) for stage in stages if stage is not Stage.adapt],
-        variants=[Variant(a.preset, a.rank, _update_payload(Stage.adapt, a)) for a in first.teachers],
+        payloads=[_payload(stage, first, wire) for stage in stages if stage is not Stage.adapt],
+        variants=[Variant(a.preset, a.rank, _update_payload(Stage.adapt, a, wire)) for a in first.teachers],
         data=replace(recipe.data, root=None),
         teacher=recipe.teacher,
         aggregation=recipe.aggregation,
@@ -135,22 +137,23 @@ def code_sha256(project: Path = PROJECT) -> str:
     return digest.hexdigest()
 
 
-def _payload(stage: Stage, first: FirstAdapters) -> PayloadSpec:
+def _payload(stage: Stage, first: FirstAdapters, wire: WireDtype) -> PayloadSpec:
     if stage in TABLES:
         name, kind, max_bytes = TABLES[stage]
         return PayloadSpec(stage, [], sorted(set(_paths(kind, name))), max_bytes)
     assert first.generator is not None, "only the federated scope has a generator stage"
-    return _update_payload(stage, first.generator)
+    return _update_payload(stage, first.generator, wire)
 
 
-def _update_payload(stage: Stage, adapter: Adapter) -> PayloadSpec:
-    tensors = adapter.trained().tensors
+def _update_payload(stage: Stage, adapter: Adapter, wire: WireDtype) -> PayloadSpec:
+    tensors = pack(adapter.trained(), wire).tensors
     specs = [
         TensorSpec(name, list(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch."))
         for name in sorted(tensors)
     ]
     size = sum(tensor.nbytes for tensor in tensors.values())
-    return PayloadSpec(stage, specs, UPDATE_NUMBERS, math.ceil(size * FRAMING) + UPDATE_NUMBERS_BYTES)
+    around = UPDATE_NUMBERS_BYTES + sum(len(name) + LAYOUT_BYTES for name in tensors)
+    return PayloadSpec(stage, specs, UPDATE_NUMBERS, math.ceil(size * FRAMING) + around)
 
 
 def _paths(kind: Any, path: str) -> Iterator[str]:

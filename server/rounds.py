@@ -14,6 +14,8 @@ from common.recipe import Recipe
 from server.collect import Collection, Collector, Errand, Take, Write
 from server.report.schema import Rejection, RoundRecord
 
+FRAME_BYTES = 4096  # what a message holds beside its payload: keys, digests, the nonce
+
 
 @dataclass(frozen=True)
 class FinishedRound:
@@ -62,7 +64,10 @@ class Rounds:
         return Round(self.plan.digest, stage, index, self.config.site_deadline_s, secrets.token_hex(16))
 
     def errand(self, stage: Stage, index: int, write: Write, take: Take) -> Errand:
-        return Errand(stage, index, self.config.site_deadline_s, write, take)
+        variants = [variant.payload for variant in self.plan.variants] if stage is Stage.adapt else []
+        payloads = [*variants, *(one for one in self.plan.payloads if one.stage is stage)]
+        most = max(payload.max_bytes for payload in payloads) + FRAME_BYTES
+        return Errand(stage, index, self.config.site_deadline_s, write, take, most)
 
     def run(self, errand: Errand, title: str, among: Container[str] | None = None) -> FinishedRound:
         """The errand to every site (of ``among``).

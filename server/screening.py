@@ -16,6 +16,7 @@ from common.adapter import Adapter, AdapterUpdate
 from common.errors import ArtefactError
 from common.guard_api import SiteMetrics, StudentNote
 from common.plan import PayloadSpec
+from common.precision import unpack
 from common.style import STYLE_BOUNDS, StyleSummary
 
 # A round of training moves an adapter by a few times its own norm at most; what is a hundred times as
@@ -37,8 +38,7 @@ class Sent:
 
     @classmethod
     def of(cls, adapter: Adapter, nonce: str) -> Sent:
-        trained = adapter.trained()
-        norm = _norm(trained.tensors)
+        norm = _norm(unpack(adapter.trained()).tensors)
         return cls(nonce, adapter.digest, adapter.base_sha256, adapter.preset, adapter.rank, norm)
 
 
@@ -75,7 +75,7 @@ def admit(
         faults.append("a weight that is not above 0")
     elif update.weight > max_weight:
         faults.append("a weight above the cap")
-    if not faults and _norm(tensors) > NORM_FACTOR * (1 + sent.norm):
+    if not faults and not _norm(unpack(update.adapter).tensors) <= NORM_FACTOR * (1 + sent.norm):
         faults.append("values of an absurd size")
     _settle(faults)
     seen.add(nonce)

@@ -7,6 +7,10 @@ sorted order of the sites' names, and then a run is reproducible to the bit.
 
 What is folded in an open round changes nothing that ``adapter_for``, ``global_adapter`` and ``state``
 show until ``close_round`` has succeeded.
+
+What is sent down is rounded to the recipe's ``wire_dtype`` here, so that server and sites count from the same
+values. Of a dense tensor the rounding's remainder is kept and goes down with a later round (error
+feedback); of the factors, each rule says what becomes of it.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import ClassVar
 
 import torch
@@ -24,6 +28,7 @@ from torch import Tensor
 from common.adapter import FACTOR_SUFFIXES, Adapter, AdapterUpdate
 from common.canonical import canonical_json
 from common.errors import ArtefactError, ConfigError, FederationError
+from common.precision import sendable
 from common.recipe import AggregationConfig
 from server.aggregation.shares import Share, share_faults
 
@@ -64,6 +69,7 @@ class AggregationRule(ABC):
             ArtefactError: if ``initial`` lacks a factor.
         """
         self._check_start(initial, shares)
+        initial = replace(initial, tensors={k: self._first(k, v) for k, v in initial.tensors.items()})
         self._initial = initial
         self._shares = dict(shares)
         self._whole = whole or Share.of(initial)
@@ -138,9 +144,7 @@ class AggregationRule(ABC):
             )
         total = math.fsum(weights.values())
         error, norm = self._close_layers(total)
-        self._dense = {
-            name: (part / total).to(self._dense[name].dtype) for name, part in self._dense_sums.items()
-        }
+        self._dense = {name: self._next_dense(name, part / total) for name, part in self._dense_sums.items()}
         self._round = None
         self._dense_sums = {}
         return math.sqrt(error / norm) if norm > 0 else 0.0
@@ -244,9 +248,20 @@ class AggregationRule(ABC):
         assert self._round is not None, "open_round() comes first"
         return self._round
 
+    def _sendable(self, tensor: Tensor) -> Tensor:
+        return sendable(tensor, self.config.wire_dtype)
+
+    def _first(self, name: str, tensor: Tensor) -> Tensor:
+        return self._sendable(tensor) if is_factor(name) else tensor
+
+    def _next_dense(self, name: str, mean: Tensor) -> Tensor:
+        """The mean of what the sites trained, and what rounding had kept back from what they started from."""
+        kept = self._dense[name]
+        return (mean + (kept.double() - self._sendable(kept).double())).to(kept.dtype)
+
     def _adapter(self, share: Share) -> Adapter:
         initial = self._started
-        tensors = {name: tensor.clone() for name, tensor in self._dense.items()}
+        tensors = {name: self._sendable(tensor).clone() for name, tensor in self._dense.items()}
         for layer in initial.layers():
             for suffix, tensor in self._factors(layer, share).items():
                 tensors[f"{layer}.{suffix}"] = tensor

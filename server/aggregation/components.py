@@ -9,7 +9,8 @@ from torch import Tensor
 
 from common.adapter import Adapter
 from common.errors import ConfigError
-from common.recipe import AggregationConfig
+from common.precision import sendable
+from common.recipe import AggregationConfig, WireDtype
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,11 @@ class Limits:
     beside: float = 0.0
 
 
-def strongest(change: Tensor, limits: Limits, dtype: torch.dtype) -> Components:
-    """The strongest components of ``change`` (out, in), balanced: ``b = U sqrt(S)``, ``a = sqrt(S) V^T``."""
+def strongest(change: Tensor, limits: Limits, dtype: torch.dtype, wire: WireDtype) -> Components:
+    """The strongest components of ``change`` (out, in), balanced: ``b = U sqrt(S)``, ``a = sqrt(S) V^T``.
+
+    Of type ``dtype``, with the values that arrive when they are sent as ``wire``.
+    """
     u, s, vt = torch.linalg.svd(change, full_matrices=False)
     # A component weaker than the float32 rounding of the strongest one would be noise on arrival.
     present = int((s > torch.finfo(torch.float32).eps * max(float(s[0]), limits.beside)).sum())
@@ -75,9 +79,8 @@ def strongest(change: Tensor, limits: Limits, dtype: torch.dtype) -> Components:
     count = min(present, max(limits.least, min(enough, limits.most)))
     u, s, vt = u[:, :count], s[:count], vt[:count]
     sign, root = signs(u), s.sqrt()
-    return Components(
-        a=((root * sign)[:, None] * vt).to(dtype).contiguous(), b=(u * (root * sign)).to(dtype).contiguous()
-    )
+    a, b = ((root * sign)[:, None] * vt).to(dtype), (u * (root * sign)).to(dtype)
+    return Components(sendable(a, wire).contiguous(), sendable(b, wire).contiguous())
 
 
 def signs(u: Tensor) -> Tensor:

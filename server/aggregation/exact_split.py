@@ -55,7 +55,8 @@ class ExactSplit(AggregationRule):
     def _components(self, layer: str, change: Tensor) -> Components:
         # Trainable slots are paid for in any case, so they are filled beyond the asked energy.
         limits = Limits(self.config.max_rank, self.config.energy, least=self._started.rank)
-        return strongest(change, limits, self._started.tensors[f"{layer}.lora_A"].dtype)
+        dtype = self._started.tensors[f"{layer}.lora_A"].dtype
+        return strongest(change, limits, dtype, self.config.wire_dtype)
 
     def _trainable(self, layer: str, rank: int) -> dict[str, Tensor]:
         """Where ``G`` has fewer components than ``rank``, ``A`` keeps rows of the initial adapter."""

@@ -78,7 +78,7 @@ class FactorMeanRule(AggregationRule):
             names = f"{layer}.lora_A", f"{layer}.lora_B"
             means = Means(self._sums[names[0]] / total, self._sums[names[1]] / total, product / total)
             a, b = (
-                half.to(self._factor[name].dtype).contiguous()
+                self._sendable(half.to(self._factor[name].dtype)).contiguous()
                 for name, half in zip(names, self._next_factors(layer, means), strict=True)
             )
             gap = means.product - b.double() @ a.double()

@@ -53,7 +53,8 @@ class FedEx(FactorMeanRule):
         # Two matrices that cancel leave rounding of the size of either.
         beside = float(torch.linalg.matrix_norm(means.product))
         limits = Limits(self.config.max_rank, self.config.energy, beside=beside)
-        sent = strongest(self._waiting[layer], limits, self._factor[f"{layer}.lora_A"].dtype)
+        dtype = self._factor[f"{layer}.lora_A"].dtype
+        sent = strongest(self._waiting[layer], limits, dtype, self.config.wire_dtype)
         self._waiting_sent[layer] = sent
         return sent
 

@@ -40,7 +40,7 @@ class FlexLora(AggregationRule):
 
     def _components(self, layer: str, change: Tensor) -> Components:
         dtype = self._started.tensors[f"{layer}.lora_A"].dtype
-        return strongest(change, Limits(most=self._started.rank), dtype)
+        return strongest(change, Limits(most=self._started.rank), dtype, self.config.wire_dtype)
 
     def _factors(self, layer: str, share: Share) -> dict[str, Tensor]:
         spare = self._started.tensors[f"{layer}.lora_A"]

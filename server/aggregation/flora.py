@@ -54,7 +54,8 @@ class Flora(AggregationRule):
         self._sent = {layer: self._components(layer, change) for layer, change in self._changes.items()}
 
     def _components(self, layer: str, change: Tensor) -> Components:
-        return strongest(change, Limits(self.config.max_rank, self.config.energy), self._rows[layer].dtype)
+        limits = Limits(self.config.max_rank, self.config.energy)
+        return strongest(change, limits, self._rows[layer].dtype, self.config.wire_dtype)
 
     def _factors(self, layer: str, share: Share) -> dict[str, Tensor]:
         sent = self._sent[layer]
@@ -76,7 +77,8 @@ class Flora(AggregationRule):
             step = part / total
             changes[layer] = self._changes[layer] + step
             sent[layer] = self._components(layer, changes[layer])
-            rows[layer] = fresh_rows(self._started.tensors[f"{layer}.lora_A"], layer, int(closed))
+            drawn = fresh_rows(self._started.tensors[f"{layer}.lora_A"], layer, int(closed))
+            rows[layer] = self._sendable(drawn)
             mean = self._sent[layer].change() + step
             error += float((sent[layer].change() - mean).square().sum())
             norm += float(mean.square().sum())

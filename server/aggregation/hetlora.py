@@ -77,6 +77,7 @@ class HetLora(AggregationRule):
             a, b = self._factor[a_name].clone(), torch.zeros_like(self._factor[b_name])
             a[:reached] = (self._sums[a_name][:reached] / strength).to(a.dtype)
             b[:, :reached] = (self._sums[b_name][:, :reached] / strength).to(b.dtype)
+            a, b = self._sendable(a), self._sendable(b)
             factors |= {a_name: a, b_name: b}
             mean = product / total
             shown = Components(a, b).first(self._whole_share.rank)

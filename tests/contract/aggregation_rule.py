@@ -16,7 +16,8 @@ from torch import Tensor
 
 from common.adapter import Adapter, AdapterUpdate
 from common.errors import ArtefactError, ConfigError, FederationError
-from common.recipe import AggregationConfig
+from common.precision import pack_down, unpack
+from common.recipe import AggregationConfig, WireDtype
 from server.aggregation import Share, build_rule
 from server.aggregation.base import AggregationRule
 from tests.contract.dense_algebra import (
@@ -199,6 +200,39 @@ class AggregationRuleContract:
         down = changes(rule.global_adapter())
         gap = {layer: down[layer] - mean[layer] for layer in mean}
         assert residual == pytest.approx(frobenius(gap) / frobenius(mean), abs=1e-6)
+
+    def test_what_goes_down_is_what_arrives(self) -> None:
+        """With fewer bits on the wire, server and sites still count from the same values."""
+        rule = self.started(wire_dtype=WireDtype.bfloat16)
+        for seed in range(3):
+            for site in self.ranks:
+                sent = rule.adapter_for(site)
+                assert same_tensors(unpack(pack_down(sent, WireDtype.bfloat16)), sent)
+            sent_to = {site: rule.adapter_for(site) for site in self.ranks}
+            updates = self.updates(rule, seed, [1.0, 5.0, 2.0, 3.0])
+            residual = play(rule, updates)
+            mean = dense_mean(
+                [(update.weight, site_weights(sent_to[site], update)) for site, update in updates.items()]
+            )
+            gap = {layer: change - mean[layer] for layer, change in changes(rule.global_adapter()).items()}
+            assert residual == pytest.approx(frobenius(gap) / frobenius(mean), abs=1e-6)
+
+    def test_what_rounding_cuts_off_a_dense_tensor_comes_later(self) -> None:
+        """Steps far below the wire's resolution add up all the same."""
+        rule = self.started(wire_dtype=WireDtype.bfloat16)
+        first = rule.global_adapter().tensors["head.bias"]
+        small = first.abs().max() * 2.0**-12
+        for _ in range(64):
+            updates = {}
+            for site in self.ranks:
+                still = train(rule.adapter_for(site), 0, scale=0.0)
+                tensors = {**still.adapter.tensors}
+                tensors["head.bias"] = tensors["head.bias"] + small
+                updates[site] = replace(still, adapter=replace(still.adapter, tensors=tensors))
+            play(rule, updates)
+        moved = rule.global_adapter().tensors["head.bias"] - first
+        one_rounding = float(first.abs().max()) * 2.0**-8
+        assert torch.allclose(moved, 64 * small * torch.ones(3), rtol=0, atol=one_rounding)
 
     def test_no_update_is_kept_alive(self) -> None:
         rule = self.started()

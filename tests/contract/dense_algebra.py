@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.adapter import Adapter, AdapterUpdate
+from common.recipe import WireDtype
 from server.aggregation import Share
 from server.aggregation.base import AggregationRule
 
@@ -20,7 +21,7 @@ EQUAL = {"a": 4, "b": 4, "c": 4, "d": 4}  # site -> rank
 WEIGHTS = [1.0, 5.0, 2.0, 3.0]
 LAYERS = {"encoder.0.qkv": (12, 10), "encoder.0.proj": (9, 14)}
 BASE = "ab" * 32
-EVERYTHING_GOES_DOWN = {"energy": 1.0, "max_rank": 64}
+EVERYTHING_GOES_DOWN = {"energy": 1.0, "max_rank": 64, "wire_dtype": WireDtype.float32}
 
 
 def initial_adapter(rank: int, seed: int = 0) -> Adapter:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from common.adapter import Adapter, AdapterUpdate
 from common.errors import ArtefactError, ConfigError
-from common.recipe import AggregationConfig
+from common.recipe import AggregationConfig, WireDtype
 from server.aggregation import Share, build_rule
 from tests.contract.aggregation_rule import AggregationRuleContract, ExactRuleContract
 from tests.contract.dense_algebra import (
@@ -39,7 +39,9 @@ class TestExactSplit(ExactRuleContract):
     def test_what_the_cap_cuts_off_comes_later(self) -> None:
         """Error feedback: what one round cannot send, later rounds send, and nothing is lost."""
         ranks = dict.fromkeys("abcd", 2)
-        rule = build_rule(AggregationConfig(rule=self.rule, energy=1.0, max_rank=2))
+        rule = build_rule(
+            AggregationConfig(rule=self.rule, energy=1.0, max_rank=2, wire_dtype=WireDtype.float32)
+        )
         rule.start(initial_adapter(2), shares_of(ranks))
         updates = {site: train(rule.adapter_for(site), index) for index, site in enumerate(ranks)}
         sent = {site: rule.adapter_for(site) for site in ranks}
@@ -254,7 +256,10 @@ def test_exact_split_is_exact_to_1e_9_for_any_mixture_of_presets_and_ranks(
         for site, (rank, layers, trains_a) in zip("abcd", chosen, strict=True)
     }
     start = doubled(initial_adapter(8))
-    rule, other = (build_rule(AggregationConfig("exact_split", energy=1.0)) for _ in range(2))
+    rule, other = (
+        build_rule(AggregationConfig("exact_split", energy=1.0, wire_dtype=WireDtype.float32))
+        for _ in range(2)
+    )
     for each in (rule, other):
         each.start(start, shares)
     oracle = {layer: torch.zeros(shape, dtype=torch.float64) for layer, shape in LAYERS.items()}

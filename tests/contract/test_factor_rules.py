@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.adapter import Adapter, AdapterUpdate
 from common.errors import ConfigError
-from common.recipe import AggregationConfig
+from common.recipe import AggregationConfig, WireDtype
 from server.aggregation import AggregationRule, Share, build_rule
 from server.aggregation.fedsvd import turned
 from tests.contract.aggregation_rule import AggregationRuleContract, ExactRuleContract
@@ -234,7 +234,7 @@ class TestLoraFair(AggregationRuleContract):
             tensors = {"l.lora_A": torch.tensor([[a]]).double(), "l.lora_B": torch.tensor([[b]]).double()}
             return Adapter(tensors, BASE, 1, "base")
 
-        rule = build_rule(AggregationConfig("lora_fair"))
+        rule = build_rule(AggregationConfig("lora_fair", wire_dtype=WireDtype.float32))
         rule.start(adapter(1.0, 0.0), dict.fromkeys("ab", Share("base", 1, ("l",))))
         updates = {
             "a": AdapterUpdate(adapter(1.0, 2.0), 1.0, ""),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from common.recipe import AggregationConfig
+from common.recipe import AggregationConfig, WireDtype
 from server.aggregation import Share, build_rule
 from tests.contract.aggregation_rule import AggregationRuleContract, ExactRuleContract
 from tests.contract.dense_algebra import (
@@ -62,7 +62,7 @@ class TestFlora(FloraContract):
     ranks: ClassVar[dict[str, int]] = EQUAL
 
     def test_what_the_cap_cuts_off_comes_once_it_is_the_strongest(self) -> None:
-        rule = build_rule(AggregationConfig("flora", energy=1.0, max_rank=2))
+        rule = build_rule(AggregationConfig("flora", energy=1.0, max_rank=2, wire_dtype=WireDtype.float32))
         rule.start(initial_adapter(4), self.shares())
         sent = rule.adapter_for("a")
         updates = self.updates(rule, 1, WEIGHTS)
@@ -136,7 +136,7 @@ class FlexLoraContract(OneLayoutContract):
     rule: ClassVar[str] = "flexlora"
 
     def test_each_site_has_the_best_of_its_rank(self) -> None:
-        rule = build_rule(AggregationConfig("flexlora"))
+        rule = build_rule(AggregationConfig("flexlora", wire_dtype=WireDtype.float32))
         rule.start(doubled(initial_adapter(max(self.ranks.values()))), self.shares())
         for seed in range(3):
             sent = {site: rule.adapter_for(site) for site in self.ranks}
@@ -152,7 +152,7 @@ class TestFlexLora(FlexLoraContract):
     ranks: ClassVar[dict[str, int]] = EQUAL
 
     def test_full_rank_is_the_mean(self) -> None:
-        rule = build_rule(AggregationConfig("flexlora"))
+        rule = build_rule(AggregationConfig("flexlora", wire_dtype=WireDtype.float32))
         ranks = dict.fromkeys("abcd", 10)
         rule.start(doubled(initial_adapter(10)), shares_of(ranks))
         for seed in range(2):
@@ -183,7 +183,7 @@ class HetLoraContract(OneLayoutContract):
 
     def test_padded_factors_are_weighed_by_the_norm_of_their_product(self) -> None:
         """Row by row and column by column, with nothing but sums over the sites."""
-        rule = build_rule(AggregationConfig("hetlora"))
+        rule = build_rule(AggregationConfig("hetlora", wire_dtype=WireDtype.float32))
         highest = max(self.ranks.values())
         rule.start(doubled(initial_adapter(highest)), self.shares())
         updates = self.updates(rule, 1, WEIGHTS)
@@ -209,7 +209,9 @@ class TestHetLora(HetLoraContract):
     ranks: ClassVar[dict[str, int]] = EQUAL
 
     def test_equal_norms_are_fedit(self) -> None:
-        rules = [build_rule(AggregationConfig(name)) for name in ("hetlora", "fedit")]
+        rules = [
+            build_rule(AggregationConfig(name, wire_dtype=WireDtype.float32)) for name in ("hetlora", "fedit")
+        ]
         for rule in rules:
             rule.start(doubled(initial_adapter(4)), self.shares())
         updates = self.updates(rules[0], 1, WEIGHTS)

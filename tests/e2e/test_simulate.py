@@ -111,7 +111,7 @@ def test_each_sites_adapter_goes_up_in_its_elements_and_two_percent(smoke_run: F
     assert report.teacher.trainable == adapter.trained().elements
     rounds = [record for record in report.rounds if record.stage == "adapt"]
     assert [record.index for record in rounds] == [0, 1]
-    size = report.teacher.trainable * 4
+    size = report.teacher.trainable * 2  # bfloat16
     for record in rounds:
         assert sorted(record.bytes_up) == SITES
         assert all(size <= moved <= size * FRAMING for moved in record.bytes_up.values())

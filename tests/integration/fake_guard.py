@@ -22,6 +22,7 @@ from common.adapter import Adapter, AdapterUpdate
 from common.errors import DataError, DeadlinePassed, PolicyRefusal
 from common.guard_api import Metric, PlanAnswer, SiteCounts, SiteMetrics, StudentNote
 from common.plan import Round, RunPlan, Stage
+from common.precision import pack, unpack
 from common.recipe import GeneratorScope, Recipe
 from common.seeding import derive_seed
 from common.style import STYLE_BOUNDS, StyleGroup, StyleSummary
@@ -29,6 +30,7 @@ from common.tuning.presets import GENERATOR
 from server.planning import FirstAdapters
 
 BASE = "ab" * 32
+WIRE = torch.bfloat16  # the default of aggregation.wire_dtype
 PLANTED_PATH = "/data/clinic/patient_0017.png"
 PLANTED_ID = "MRN-8841-Miller"
 
@@ -94,7 +96,7 @@ class FakeGuard:
         self, order: Round, adapter: Adapter, styles: dict[str, StyleSummary], generator: Adapter | None
     ) -> StudentNote:
         self._wrong(order)
-        digest = generator.digest if generator else adapter.digest
+        digest = unpack(generator or adapter).digest
         note = StudentNote(self.site, "fake", 10 + len(styles), digest, 1.0, 2.0, 5, 4, 1)
         self._egress().release_numbers(Stage.student, 0, "note", asdict(note))
         return note
@@ -112,21 +114,25 @@ class FakeGuard:
 
     # ---- inside ---------------------------------------------------------------------------------
 
+    def _plan(self) -> RunPlan:
+        return RunPlan.from_json((self.folder / "plan.json").read_text())
+
     def _egress(self) -> Egress:
-        plan = RunPlan.from_json((self.folder / "plan.json").read_text())
+        plan = self._plan()
         rank = 3 if self.behaviour.get("propose:0") == "another rank" else 2
         return Egress(self.site, self.folder, plan, plan.variant("base", rank))
 
     def _train(self, order: Round, adapter: Adapter) -> AdapterUpdate:
         wrong = self._wrong(order)
         generator = torch.Generator().manual_seed(derive_seed(3, self.site, order.stage, order.index))
-        tensors = {
-            name: 0.9 * tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-            for name, tensor in sorted(adapter.trained().tensors.items())
+        sent = unpack(adapter)
+        steps = {
+            name: 0.1 * (torch.randn(tensor.shape, generator=generator) - tensor)
+            for name, tensor in sorted(sent.trained().tensors.items())
         }
-        trained = replace(adapter, tensors=tensors)
+        step = pack(replace(sent, tensors=steps), self._plan().aggregation.wire_dtype)
         weight = 4.0 + ord(self.site[-1]) % 7
-        update = AdapterUpdate(trained, weight, adapter.digest, losses=(1.0, 0.5))
+        update = AdapterUpdate(step, weight, adapter.digest, losses=(1.0, 0.5))
         if wrong in TAMPER:  # a site whose egress is broken or hostile: the server must notice
             return TAMPER[wrong](update)
         return self._egress().release_update(order.stage, order.index, update)
@@ -155,16 +161,20 @@ def _with(update: AdapterUpdate, **tensors: torch.Tensor) -> AdapterUpdate:
     return replace(update, adapter=replace(update.adapter, tensors=changed))
 
 
+def head(value: float) -> torch.Tensor:
+    return torch.full((3, 4), value, dtype=WIRE)
+
+
 TAMPER: dict[str, Callable[[AdapterUpdate], AdapterUpdate]] = {
-    "nan": lambda update: _with(update, decoder__head__weight=torch.full((3, 4), float("nan"))),
-    "extra": lambda update: _with(update, patient_0017=torch.ones(2)),
-    "shape": lambda update: _with(update, decoder__head__weight=torch.ones(4, 3)),
+    "nan": lambda update: _with(update, decoder__head__weight=head(float("nan"))),
+    "extra": lambda update: _with(update, patient_0017=torch.ones(2, dtype=WIRE)),
+    "shape": lambda update: _with(update, decoder__head__weight=head(1.0).T),
     "base": lambda update: replace(update, adapter=replace(update.adapter, base_sha256="cd" * 32)),
     "preset": lambda update: replace(update, adapter=replace(update.adapter, preset="lite")),
     "rank": lambda update: replace(update, adapter=replace(update.adapter, rank=1)),
     "stale": lambda update: replace(update, started_from="ef" * 32),
     "heavy": lambda update: replace(update, weight=1e9),
-    "huge": lambda update: _with(update, decoder__head__weight=torch.full((3, 4), 1e9)),
+    "huge": lambda update: _with(update, decoder__head__weight=head(1e9)),
 }
 
 

@@ -115,8 +115,6 @@ class FaultySite:
         trained = self.train(site, plan, adapter, train, order)
         if fault and fault.act == "late":
             self.late_s += 2 * order.deadline_s
-        if fault and fault.spoil and fault.guarded:
-            return replace(trained, adapter=fault.spoil(trained.adapter))
         return trained
 
     def train_on_a_slow_machine(
@@ -131,8 +129,10 @@ class FaultySite:
     def release_update(
         self, egress: Egress, stage: Stage, index: int, update: AdapterUpdate
     ) -> AdapterUpdate:
-        released = self.release(egress, stage, index, update)
         fault = self.fault(egress.site, index)
+        if fault and fault.spoil and fault.guarded:
+            update = replace(update, adapter=fault.spoil(update.adapter))
+        released = self.release(egress, stage, index, update)
         if fault and fault.spoil and not fault.guarded:
             return replace(released, adapter=fault.spoil(released.adapter))
         return released

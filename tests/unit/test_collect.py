@@ -97,7 +97,7 @@ class Case:
                 raise ArtefactError("rejected", [self.reject[site]])
             self.taken.append(site)
 
-        errand = Errand(Stage.student, 0, deadline_s, lambda _: wire.encode_request(ORDER), take)
+        errand = Errand(Stage.student, 0, deadline_s, lambda _: wire.encode_request(ORDER), take, 1 << 20)
         return self.collector.run(errand, SITES)
 
     def events(self) -> list[dict[str, object]]:

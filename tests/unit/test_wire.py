@@ -15,10 +15,21 @@ from hypothesis import strategies as st
 
 from common import wire
 from common.adapter import Adapter, AdapterUpdate
+from common.backbones import build_backbone
 from common.errors import ArtefactError
+from common.foundation.catalogue import CATALOGUE
+from common.foundation.layouts import encoder_config
 from common.guard_api import Metric, PlanAnswer, SiteCounts, SiteMetrics, StudentNote
 from common.plan import Round, RunPlan, Stage
+from common.precision import pack
+from common.recipe import DecoderTraining, TeacherConfig, WireDtype
 from common.style import StyleGroup, StyleSummary
+from common.teacher import Teacher
+from common.tuning.placement import place
+from common.tuning.presets import rank_of
+from common.tuning.slots import AdapterSlots, SlotPlan
+from common.wire import tensors
+from common.wire.sizes import _content_bytes, message_bytes
 
 BASE = "0f" * 32
 ORDER = Round("ab" * 32, Stage.adapt, 2, 12.5, "nonce-1")
@@ -51,9 +62,54 @@ def test_framing_is_at_most_two_percent(adapter: Adapter, elements: int) -> None
     assert adapter.elements == elements
     update = AdapterUpdate(adapter, 12.0, adapter.digest, losses=(0.123456789, 0.0123456789))
     message = answer_to_order(wire.encode_update(ORDER, update))
-    size = wire.message_bytes(message)
+    size = message_bytes(message)
     assert size == len(wire.pack_message(message))
     assert elements * 4 < size <= 1.02 * elements * 4
+
+
+@pytest.mark.parametrize(("dtype", "percent"), [("bfloat16", 0.25), ("int8", 0.13)])
+def test_an_update_of_sam_vit_b_is_a_quarter_of_a_percent_of_the_teacher(dtype: str, percent: float) -> None:
+    """LoRA r = 8 on qkv and proj, as a whole serialized message beside the teacher in float32."""
+    entry = CATALOGUE["sam-vit-b"]
+    settings = TeacherConfig(adapter="fused", decoder=DecoderTraining.frozen)
+    with torch.device("meta"):
+        network = Teacher(build_backbone(entry.family, encoder_config(entry.family, entry.config)), classes=1)
+        size = 4 * sum(parameter.numel() for parameter in network.parameters())
+        places = place(network.encoder, network.decoder, settings)
+        slots = AdapterSlots(network, SlotPlan(BASE, "fused", rank_of(settings), places.layers))
+    assert len(places.layers) == 24
+    step = {name: 1e-3 * torch.randn(tensor.shape) for name, tensor in slots.tensors().items()}
+    packed = pack(Adapter(step, BASE, 8, "fused"), WireDtype(dtype))
+    message = answer_to_order(wire.encode_update(ORDER, AdapterUpdate(packed, 12.0, packed.digest)))
+    assert message_bytes(message) == len(wire.pack_message(message))
+    assert 100 * message_bytes(message) / size <= percent
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.sampled_from([1, 60, 127, 128, 20_000]))
+def test_a_message_is_as_large_as_it_says(shape: list[int], names: int) -> None:
+    tensors = {"a" * min(names, 200): torch.ones(shape), "b": torch.ones(names, dtype=torch.bfloat16)}
+    content = wire.encode_request(ORDER, Adapter(tensors, BASE, 1, "base"))
+    assert _content_bytes(content) == len(wire.pack_content(content))
+
+
+def test_a_large_adapter_travels_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "CHUNK_BYTES", 100)
+    mixed = replace(SMALL, tensors={**SMALL.tensors, "dense": torch.arange(333).to(torch.bfloat16)})
+    content = there_and_back(wire.encode_request(ORDER, mixed))
+    sizes = {name: len(array.data) for name, array in content["adapter"].items()}  # type: ignore[union-attr]
+    assert sizes == {"bfloat16.0": 100, "bfloat16.1": 100, "bfloat16.2": 100, "bfloat16.3": 100,
+                     "bfloat16.4": 100, "bfloat16.5": 100, "bfloat16.6": 66, "float32.0": 100,
+                     "float32.1": 60}  # fmt: skip
+    assert wire.decode_adapter(content).digest == mixed.digest
+    for name in sizes:
+        spoilt = there_and_back(wire.encode_request(ORDER, mixed))
+        del spoilt["adapter"][name]  # type: ignore[union-attr, arg-type]
+        with pytest.raises(ArtefactError):
+            wire.decode_adapter(spoilt)
+
+
+def test_chunks_are_between_one_and_four_megabytes() -> None:
+    assert 1 << 20 <= tensors.CHUNK_BYTES <= 4 << 20
 
 
 def answer_to_order(content: wire.Content) -> wire.Message:
@@ -157,9 +213,9 @@ def edit_layout(content: wire.Content, edit: Callable[[dict[str, list[int]]], ob
 
 
 def edit_array(content: wire.Content, **changes: object) -> None:
-    array = content["adapter"]["float32"]  # type: ignore[index]
+    array = content["adapter"]["float32.0"]  # type: ignore[index]
     parts = {"dtype": array.dtype, "shape": array.shape, "stype": array.stype, "data": array.data}
-    content["adapter"] = ArrayRecord({"float32": Array(**(parts | changes))})  # type: ignore[arg-type]
+    content["adapter"] = ArrayRecord({"float32.0": Array(**(parts | changes))})  # type: ignore[arg-type]
 
 
 FIRST = "encoder.vision_encoder.layers.0.attn.qkv.lora_A"
@@ -180,7 +236,7 @@ MALFORMED: dict[str, Callable[[wire.Content], object]] = {
     "a rank of text": lambda c: c["adapter.head"].__setitem__("rank", "2"),
     "no preset": lambda c: c["adapter.head"].pop("preset"),
     "a preset with a path": lambda c: c["adapter.head"].__setitem__("preset", "../lite"),
-    "an array too many": lambda c: c["adapter"].__setitem__("bfloat16", c["adapter"]["float32"]),
+    "an array too many": lambda c: c["adapter"].__setitem__("float32.1", c["adapter"]["float32.0"]),
     "a longer layout": lambda c: edit_layout(c, lambda shapes: shapes.__setitem__(FIRST, [3, 6])),
     "a shorter layout": lambda c: edit_layout(c, lambda shapes: shapes.pop(FIRST)),
     "an absurd shape": lambda c: edit_layout(c, lambda shapes: shapes.__setitem__(FIRST, [2**30] * 8)),
@@ -208,7 +264,7 @@ def test_a_malformed_adapter_is_refused(fault: str) -> None:
 
 
 def test_a_malformed_adapter_is_refused_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "_unflatten", lambda *_: pytest.fail("memory was to be taken"))
+    monkeypatch.setattr(tensors, "_unflatten", lambda *_: pytest.fail("memory was to be taken"))
     for fault in MALFORMED:
         content = wire.encode_request(ORDER, SMALL)
         MALFORMED[fault](content)
