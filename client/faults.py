@@ -11,15 +11,25 @@ import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
+from common.canonical import canonical_json
 from common.errors import PolicyRefusal, WardroundError
+from common.plan import Round
 
 FAULT_LOG = "faults.log"
+NOTICES = "notices.jsonl"
 
 
 def border_answer(error: BaseException) -> tuple[str, str]:
     """(code, field): all of ``error`` that may cross the site's border."""
     code = error.border_code if isinstance(error, WardroundError) else WardroundError.border_code
     return code, error.field if isinstance(error, PolicyRefusal) else ""
+
+
+def keep_notice(folder: Path, order: Round) -> None:
+    """Append the coordinator's notice to ``notices.jsonl`` in the site's folder, as quoted text."""
+    entry = {"ts": datetime.now(UTC).isoformat(), "stage": order.stage, "round": order.index}
+    with (folder / NOTICES).open("a", encoding="utf-8") as log:
+        log.write(canonical_json(entry | {"notice": order.notice}) + "\n")
 
 
 def keep_fault(address: str, action: str, error: BaseException) -> None:

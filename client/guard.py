@@ -14,6 +14,7 @@ from pathlib import Path
 import client.workshop as workshop
 from client.deadline import Deadline
 from client.egress import Egress
+from client.faults import keep_notice
 from client.patients import Patient, Split, of_split
 from client.site import Site
 from client.style import summarise_style
@@ -51,13 +52,13 @@ class Guard:
         return PlanAnswer(**egress.release_numbers(order.stage, order.index, "answer", asdict(answer)))
 
     def adapt(self, order: Round, adapter: Adapter) -> AdapterUpdate:
-        plan = self.site.accepted_plan(order.plan_sha256)
+        plan = self._heed(order)
         train = self._labelled(plan)
         adaptation = workshop.adapt_teacher(self.site, plan, unpack(adapter), train, order)
         return self._release_update(plan, order, adapter, adaptation, len(train))
 
     def style(self, order: Round) -> StyleSummary:
-        plan = self.site.accepted_plan(order.plan_sha256)
+        plan = self._heed(order)
         seed = self.site.draw_seed(plan, "style")
         summary = summarise_style(
             self._labelled(plan),
@@ -70,7 +71,7 @@ class Guard:
         return summary
 
     def train_generator(self, order: Round, adapter: Adapter) -> AdapterUpdate:
-        plan = self.site.accepted_plan(order.plan_sha256)
+        plan = self._heed(order)
         train = self._labelled(plan)
         adaptation = workshop.adapt_generator(self.site, plan, unpack(adapter), train, order)
         return self._release_update(plan, order, adapter, adaptation, len(train))
@@ -78,7 +79,7 @@ class Guard:
     def train_student(
         self, order: Round, adapter: Adapter, styles: dict[str, StyleSummary], generator: Adapter | None
     ) -> StudentNote:
-        plan = self.site.accepted_plan(order.plan_sha256)
+        plan = self._heed(order)
         train, deadline = of_split(self._patients(plan), Split.train), Deadline(order.deadline_s)
         shared = None if generator is None else unpack(generator)
         note = workshop.Workshop(self.site, plan, unpack(adapter), styles, shared, train, deadline).run()
@@ -86,13 +87,20 @@ class Guard:
         return note
 
     def evaluate(self, order: Round, adapter: Adapter) -> SiteMetrics:
-        plan = self.site.accepted_plan(order.plan_sha256)
+        plan = self._heed(order)
         everyone = self._patients(plan)
         test = of_split(everyone, Split.test)
         metrics = workshop.evaluate_models(self.site, plan, unpack(adapter), test, Deadline(order.deadline_s))
         answer = SiteMetrics(self.site.name, count_patients(everyone), metrics)
         self._egress(plan).release_numbers(order.stage, order.index, "metrics", asdict(answer))
         return answer
+
+    def _heed(self, order: Round) -> RunPlan:
+        """The plan of ``order``, if this site agreed to it; what the order says to its people is kept."""
+        plan = self.site.accepted_plan(order.plan_sha256)
+        if order.notice:
+            keep_notice(self.site.folder, order)
+        return plan
 
     def _check_policy(self, plan: RunPlan) -> None:
         policy = self.site.policy

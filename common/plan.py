@@ -138,6 +138,7 @@ class Round:
         index: 0-based within the stage.
         deadline_s: how long the site may take; checked between optimiser steps.
         nonce: fresh for every message; an answer carries it back.
+        notice: why this site's last answer was not used, in words without data; empty if it was.
     """
 
     plan_sha256: str
@@ -145,6 +146,7 @@ class Round:
     index: int
     deadline_s: float
     nonce: str
+    notice: str = ""
 
 
 def rebuild(kind: Any, value: Any) -> Any:

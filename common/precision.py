@@ -32,6 +32,7 @@ from common.recipe import WireDtype
 BLOCK = 256  # values that share one scale
 SCALE = ".scale"
 LEVELS = 127
+PART = 1 << 18  # values looked at together
 
 
 def pack(adapter: Adapter, dtype: WireDtype) -> Adapter:
@@ -49,16 +50,34 @@ def unpack(adapter: Adapter) -> Adapter:
 
     Raises ``ArtefactError`` if the scales of an int8 tensor are missing or of another shape.
     """
-    scales = {f"{name}{SCALE}" for name, tensor in adapter.tensors.items() if tensor.dtype == torch.int8}
-    if not scales <= adapter.tensors.keys():
-        raise ArtefactError("an int8 tensor comes without its scales")
+    scales = _scales(adapter)
     tensors: dict[str, Tensor] = {}
     for name, tensor in adapter.tensors.items():
-        if tensor.dtype == torch.int8:
-            tensors[name] = _from_int8(tensor, adapter.tensors[f"{name}{SCALE}"])
-        elif name not in scales:
+        if name in scales:
+            tensors[name] = _from_int8(tensor, scales[name])
+        elif name.removesuffix(SCALE) not in scales:
             tensors[name] = tensor.to(torch.float32)
     return replace(adapter, tensors=tensors)
+
+
+def norm(adapter: Adapter) -> float:
+    """The Euclidean norm of what ``adapter`` carries, not unpacked for it; not finite if any of it is not.
+
+    Raises what `unpack` raises.
+    """
+    scales = _scales(adapter)
+    squares = 0.0
+    for name, tensor in adapter.tensors.items():
+        if name in scales:
+            squares += _norm_of_int8(tensor, scales[name])
+        elif name.removesuffix(SCALE) not in scales:
+            squares += sum(float(part.double().square().sum()) for part in in_parts(tensor))
+    return math.sqrt(squares)
+
+
+def in_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """``tensor`` in flat parts, so that looking at it costs the memory of one of them."""
+    return tensor.flatten().split(PART)
 
 
 def sendable(tensor: Tensor, dtype: WireDtype) -> Tensor:
@@ -90,9 +109,26 @@ def _to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.int8).flatten()[: tensor.numel()].view(tensor.shape), scale
 
 
+def _scales(adapter: Adapter) -> dict[str, Tensor]:
+    """Name of each int8 tensor -> its scales."""
+    packed = [name for name, tensor in adapter.tensors.items() if tensor.dtype == torch.int8]
+    scales = {name: adapter.tensors.get(f"{name}{SCALE}") for name in packed}
+    for name, scale in scales.items():
+        if scale is None:
+            raise ArtefactError("an int8 tensor comes without its scales")
+        blocks = math.ceil(adapter.tensors[name].numel() / BLOCK)
+        if scale.dtype != torch.float32 or scale.shape != (blocks,):
+            raise ArtefactError("an int8 tensor's scales are of another shape or dtype")
+    return {name: scale for name, scale in scales.items() if scale is not None}
+
+
+def _norm_of_int8(values: Tensor, scale: Tensor) -> float:
+    """The squared norm."""
+    parts = zip(in_parts(values), scale.double().split(PART // BLOCK), strict=True)
+    return sum(float(_blocks(part.double()).square().sum(1) @ by.square()) for part, by in parts)
+
+
 def _from_int8(values: Tensor, scale: Tensor) -> Tensor:
-    if scale.dtype != torch.float32 or scale.shape != (math.ceil(values.numel() / BLOCK),):
-        raise ArtefactError("an int8 tensor's scales are of another shape or dtype")
     blocks = _blocks(values.to(torch.float32)) * scale[:, None]
     return blocks.flatten()[: values.numel()].view(values.shape)
 

@@ -13,7 +13,7 @@ from common.config import load_run_config
 from common.errors import UsageError
 from server.collect import Collector
 from server.events import EventLog
-from server.phases import INBOX, run_walk
+from server.phases import run_walk
 
 app = ServerApp()
 
@@ -30,7 +30,7 @@ def main(grid: Grid, context: Context) -> None:
     events = EventLog(run_dir / "events.jsonl")
     # Our own engines say how many sites they can work on at a time; Flower's deployment grid takes them all.
     window = getattr(grid, "window", None)
-    run_walk(Collector(grid, events, run_dir / "state" / INBOX, window), recipe, run_dir)
+    run_walk(Collector(grid, events, window), recipe, run_dir)
 
 
 def run_folder(context: Context) -> Path:

@@ -1,9 +1,8 @@
-"""Collection: push, pull one by one, take in the sites' order, drop. Memory does not grow with the sites.
+"""Collection: push, pull one by one, take each answer as it arrives, drop. Memory does not grow with sites.
 
-Every reply has its own deadline, counted on this machine from its push. A reply that arrives before its
-turn waits on the disk, so that folding in the sites' order (which makes a run reproducible) costs no memory.
-Flower's pull can block for minutes on a half-uploaded reply; each pull therefore runs in a thread of its
-own, which the loop stops waiting for.
+Every reply has its own deadline, counted on this machine from its push. Whoever takes the answers must not
+care for their order, which is that of the network. Flower's pull can block for minutes on a half-uploaded
+reply; each pull therefore runs in a thread of its own, which the loop stops waiting for.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeAlias
 
 from flwr.app import Message
@@ -21,7 +19,6 @@ from flwr.serverapp import Grid
 
 from common import progress, wire
 from common.adapter import AdapterUpdate
-from common.durable import write_atomic
 from common.errors import ArtefactError, DeadlinePassed
 from common.plan import Stage
 from common.wire.sizes import is_larger, message_bytes
@@ -50,7 +47,7 @@ class Errand:
         deadline_s: for each site's reply, from its push.
         max_bytes: of a reply; a larger one is dropped before anything looks into it.
         write: site -> the request. Called just before the push, so that requests do not pile up.
-        take: site, reply -> None. Decodes, screens and folds; raises ``ArtefactError`` to reject.
+        take: site, reply -> None. Decodes, screens and keeps; raises ``ArtefactError`` to reject.
     """
 
     stage: Stage
@@ -63,7 +60,7 @@ class Errand:
 
 @dataclass
 class Collection:
-    """What came of an errand. ``sites`` answered and were taken, in order."""
+    """What came of an errand. ``sites`` answered and were taken; sorted by site, as ``rejected`` is."""
 
     sites: list[str] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
@@ -139,15 +136,13 @@ class Collector:
     """Runs errands over ``grid``.
 
     Args:
-        spool: folder for replies that wait for their turn.
         window: how many sites may have a message at once; None: all. An engine that works on few sites at a
             time says so, or the last sites' deadlines would pass while they queue.
     """
 
-    def __init__(self, grid: Grid, events: EventLog, spool: Path, window: int | None = None) -> None:
+    def __init__(self, grid: Grid, events: EventLog, window: int | None = None) -> None:
         self.grid = grid
         self.events = events
-        self.spool = spool
         self.window = window
         self.live = LiveUpdates()
 
@@ -174,10 +169,7 @@ class _Loop:
         self.errand = errand
         self.nodes = nodes
         self.to_push = sorted(nodes)
-        self.to_take = sorted(nodes)
         self.pending: dict[str, _Pending] = {}
-        self.waiting: dict[str, Path] = {}  # arrived, not yet their turn
-        self.gone: set[str] = set()
         self.result = Collection()
 
     def run(self) -> Collection:
@@ -186,9 +178,10 @@ class _Loop:
             while self.to_push and len(self.pending) < window:
                 self._push(self.to_push.pop(0))
             settled = [self._poll(site) for site in sorted(self.pending)]
-            self._take_in_turn()
             if not any(settled) and self.pending:
                 time.sleep(POLL_S)
+        self.result.sites.sort()
+        self.result.rejected.sort(key=lambda rejection: rejection.site)
         return self.result
 
     def _push(self, site: str) -> None:
@@ -246,27 +239,10 @@ class _Loop:
             self.result.refusals[site] = refusal
             self.result.late += refusal.code == DEADLINE
             self._drop(site, f"{refusal.code} ({refusal.field})" if refusal.field else refusal.code)
-        elif site == self._next():
-            self._take(site, reply.content)
         else:
-            self.waiting[site] = self.owner.spool / f"{site}.reply"
-            write_atomic(self.waiting[site], wire.pack_content(reply.content))
-
-    def _next(self) -> str | None:
-        """The first site in order that is neither taken nor dropped."""
-        while self.to_take and self.to_take[0] in self.gone:
-            self.to_take.pop(0)
-        return self.to_take[0] if self.to_take else None
-
-    def _take_in_turn(self) -> None:
-        while (site := self._next()) in self.waiting and site is not None:
-            path = self.waiting.pop(site)
-            content = wire.unpack_content(path.read_bytes())
-            path.unlink()
-            self._take(site, content)
+            self._take(site, reply.content)
 
     def _take(self, site: str, content: wire.Content) -> None:
-        self.gone.add(site)
         try:
             self.errand.take(site, content)
         except ArtefactError as error:
@@ -277,7 +253,6 @@ class _Loop:
         progress.step(site)
 
     def _drop(self, site: str, cause: str) -> None:
-        self.gone.add(site)
         self.result.rejected.append(Rejection(site, cause))
         self._event("dropped", site, reason=cause)
         progress.step(f"{site}: dropped, {cause}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from common import wire
@@ -19,7 +20,7 @@ from common.canonical import canonical_json
 from common.durable import write_atomic
 from common.errors import WardroundError
 from common.plan import PayloadSpec, RunPlan, Stage
-from common.precision import pack_down, unpack
+from common.precision import pack_down
 from common.recipe import Recipe
 from server.aggregation import AggregationRule, Share, build_rule
 from server.collect import Collector, Errand, Take
@@ -27,11 +28,12 @@ from server.outcome import RunOutcome
 from server.planning import build_plan, first_adapters
 from server.roll_call import call_the_roll
 from server.rounds import Rounds
-from server.screening import Sent, admit, admit_metrics, admit_note, admit_style
+from server.screening import admit_metrics, admit_note, admit_style
 from server.state import Checkpoint, StateStore
+from server.training import Training
 
 TEACHER_FILE = "teacher/adapter.safetensors"
-INBOX = "inbox"  # below the state's folder: replies that wait for their turn
+INBOX = "inbox"  # below the state's folder: the answers of an open round
 
 
 def run_walk(collector: Collector, recipe: Recipe, run_dir: Path) -> RunOutcome:
@@ -77,7 +79,19 @@ class Walk:
             self.rules[Stage.generator] = build_rule(recipe.aggregation)
         self.rounds = Rounds(collector, recipe, self.plan)
         self.outcome = RunOutcome(self.plan.run_id, self.plan.digest, [])
-        self.seen_nonces: set[str] = set()
+        seen_nonces: set[str] = set()
+        self.training = {
+            stage: Training(
+                stage,
+                rule,
+                self.rounds,
+                recipe.policy.max_weight,
+                run_dir / "state" / INBOX,
+                partial(self._payload, stage),
+                seen_nonces,
+            )
+            for stage, rule in self.rules.items()
+        }
 
     def propose(self) -> None:
         """Ask every node; those that agree are the run's sites. A resumed run keeps its first sites."""
@@ -150,8 +164,10 @@ class Walk:
         generator = pack_down(rule.global_adapter(), self.plan.aggregation.wire_dtype) if rule else None
 
         def write(site: str) -> wire.Content:
-            request = wire.StudentRequest(self._down(Stage.adapt, site), self.outcome.styles, generator)
-            return wire.encode_student_request(self.rounds.order(Stage.student, 0), request)
+            request = wire.StudentRequest(
+                self.training[Stage.adapt].down(site), self.outcome.styles, generator
+            )
+            return wire.encode_student_request(self.rounds.order(Stage.student, 0, site), request)
 
         def take(site: str, content: wire.Content) -> None:
             note = wire.decode_note(content)
@@ -168,7 +184,9 @@ class Walk:
         metrics = {}
 
         def write(site: str) -> wire.Content:
-            return wire.encode_request(self.rounds.order(Stage.evaluate, 0), self._down(Stage.adapt, site))
+            return wire.encode_request(
+                self.rounds.order(Stage.evaluate, 0, site), self.training[Stage.adapt].down(site)
+            )
 
         def take(site: str, content: wire.Content) -> None:
             found = wire.decode_metrics(content)
@@ -180,38 +198,10 @@ class Walk:
         self._keep(self.outcome.with_round(done.record(), metrics=metrics))
 
     def _train(self, stage: Stage, index: int) -> None:
-        """One round of training at the sites, folded in their order."""
-        if self.outcome.has(stage, index):
-            return
-        rule = self.rules[stage]
-        sent: dict[str, Sent] = {}
-        losses: dict[str, list[float]] = {}
+        if not self.outcome.has(stage, index):
+            self._keep(self.outcome.with_round(self.training[stage].run(index)))
 
-        def write(site: str) -> wire.Content:
-            order, adapter = self.rounds.order(stage, index), self._down(stage, site)
-            sent[site] = Sent.of(adapter, order.nonce)
-            return wire.encode_request(order, adapter)
-
-        def take(site: str, content: wire.Content) -> None:
-            nonce, update = wire.decode_update(content)
-            self.rounds.live.watch(update)
-            cap = self.recipe.policy.max_weight
-            admit(update, nonce, sent[site], self._payload(stage, site), cap, self.seen_nonces)
-            trained = rule.adapter_for(site).advanced(unpack(update.adapter))
-            rule.fold(site, replace(update, adapter=trained))
-            losses[site] = [loss for loss in update.losses if loss == loss]  # NaN: not measured
-
-        rule.open_round()
-        title = "teacher" if stage is Stage.adapt else "generator"
-        done = self.rounds.run(self.rounds.errand(stage, index, write, take), f"{title}, round {index + 1}")
-        residual = rule.close_round()
-        self._keep(self.outcome.with_round(done.record(residual, losses)))
-
-    def _down(self, stage: Stage, site: str) -> Adapter:
-        """What ``site`` is sent in ``stage``, as it travels."""
-        return pack_down(self.rules[stage].adapter_for(site), self.plan.aggregation.wire_dtype)
-
-    def _payload(self, stage: Stage, site: str) -> PayloadSpec:
+    def _payload(self, stage: Stage, site: str, index: int) -> PayloadSpec:
         """What the plan lets ``site`` send up in ``stage``."""
         agreed = self.outcome.adapters[site]
         variant = self.plan.variant(agreed.preset, agreed.rank)
@@ -221,7 +211,9 @@ class Walk:
 
     def _errand(self, stage: Stage, take: Take) -> Errand:
         """An errand whose request is the bare order."""
-        return self.rounds.errand(stage, 0, lambda _: wire.encode_request(self.rounds.order(stage, 0)), take)
+        return self.rounds.errand(
+            stage, 0, lambda site: wire.encode_request(self.rounds.order(stage, 0, site)), take
+        )
 
     def _keep(self, outcome: RunOutcome) -> None:
         """Save the state, then take ``outcome`` for granted."""

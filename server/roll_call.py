@@ -40,8 +40,8 @@ def call_the_roll(rounds: Rounds, recipe: Recipe, before: RunOutcome | None) -> 
     nodes = _online(rounds, recipe)
     answers: dict[str, PlanAnswer] = {}
 
-    def write(_: str) -> wire.Content:
-        return wire.encode_proposal(rounds.order(Stage.propose, 0), rounds.plan)
+    def write(label: str) -> wire.Content:
+        return wire.encode_proposal(rounds.order(Stage.propose, 0, label), rounds.plan)
 
     def take(label: str, content: wire.Content) -> None:
         answers[label] = _admitted(wire.decode_answer(content), rounds.plan)

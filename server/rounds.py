@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 from common import progress
@@ -48,6 +48,7 @@ class Rounds:
     Attributes:
         nodes: site -> node id, of the sites that agreed and are there.
         absent: sites of a resumed run that are not there any more.
+        notices: site -> why its last answer was not used, for its next order.
     """
 
     def __init__(self, collector: Collector, recipe: Recipe, plan: RunPlan) -> None:
@@ -58,10 +59,12 @@ class Rounds:
         self.plan = plan
         self.nodes: dict[str, int] = {}
         self.absent: list[str] = []
+        self.notices: dict[str, str] = {}
 
-    def order(self, stage: Stage, index: int) -> Round:
-        """Orders with a fresh nonce: one call a message."""
-        return Round(self.plan.digest, stage, index, self.config.site_deadline_s, secrets.token_hex(16))
+    def order(self, stage: Stage, index: int, site: str) -> Round:
+        """Orders for ``site`` with a fresh nonce: one call a message."""
+        nonce, notice = secrets.token_hex(16), self.notices.get(site, "")
+        return Round(self.plan.digest, stage, index, self.config.site_deadline_s, nonce, notice)
 
     def errand(self, stage: Stage, index: int, write: Write, take: Take) -> Errand:
         variants = [variant.payload for variant in self.plan.variants] if stage is Stage.adapt else []
@@ -69,8 +72,17 @@ class Rounds:
         most = max(payload.max_bytes for payload in payloads) + FRAME_BYTES
         return Errand(stage, index, self.config.site_deadline_s, write, take, most)
 
-    def run(self, errand: Errand, title: str, among: Container[str] | None = None) -> FinishedRound:
+    def run(
+        self,
+        errand: Errand,
+        title: str,
+        among: Container[str] | None = None,
+        settle: Callable[[Collection], None] = lambda _: None,
+    ) -> FinishedRound:
         """The errand to every site (of ``among``).
+
+        Args:
+            settle: called with what came of it before the sites are counted; may drop some.
 
         Raises:
             DeadlinePassed: fewer than ``run.min_sites`` answered, and the late ones would have sufficed.
@@ -78,9 +90,19 @@ class Rounds:
         """
         nodes = {site: node for site, node in self.nodes.items() if among is None or site in among}
         finished = self.ask(errand, title, nodes)
-        finished.collection.rejected += [Rejection(site, "NOT_ONLINE") for site in self.absent]
-        self.require(finished, len(finished.collection.sites))
+        collection = finished.collection
+        settle(collection)
+        self._take_note(errand, collection)
+        collection.rejected += [Rejection(site, "NOT_ONLINE") for site in self.absent]
+        self.require(finished, len(collection.sites))
         return finished
+
+    def _take_note(self, errand: Errand, collection: Collection) -> None:
+        """Each site whose answer was not used is told so with its next order."""
+        reasons = {one.site: one.reason for one in collection.rejected}
+        kept = {site: notice for site, notice in self.notices.items() if site not in collection.sites}
+        told = {site: f"{errand.stage}, round {errand.index + 1}: {why}" for site, why in reasons.items()}
+        self.notices = kept | told
 
     def ask(self, errand: Errand, title: str, nodes: Mapping[str, int]) -> FinishedRound:
         """The errand to ``nodes``, however many answer."""

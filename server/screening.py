@@ -16,7 +16,7 @@ from common.adapter import Adapter, AdapterUpdate
 from common.errors import ArtefactError
 from common.guard_api import SiteMetrics, StudentNote
 from common.plan import PayloadSpec
-from common.precision import unpack
+from common.precision import in_parts, norm
 from common.style import STYLE_BOUNDS, StyleSummary
 
 # A round of training moves an adapter by a few times its own norm at most; what is a hundred times as
@@ -38,8 +38,8 @@ class Sent:
 
     @classmethod
     def of(cls, adapter: Adapter, nonce: str) -> Sent:
-        norm = _norm(unpack(adapter.trained()).tensors)
-        return cls(nonce, adapter.digest, adapter.base_sha256, adapter.preset, adapter.rank, norm)
+        size = norm(adapter.trained())
+        return cls(nonce, adapter.digest, adapter.base_sha256, adapter.preset, adapter.rank, size)
 
 
 def admit(
@@ -56,7 +56,7 @@ def admit(
     """
     tensors = update.adapter.tensors
     faults = []
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+    if not all(bool(torch.isfinite(part).all()) for tensor in tensors.values() for part in in_parts(tensor)):
         faults.append("a value that is not finite")
     faults += _tensor_faults(tensors, spec)
     if update.adapter.base_sha256 != sent.base_sha256:
@@ -75,7 +75,7 @@ def admit(
         faults.append("a weight that is not above 0")
     elif update.weight > max_weight:
         faults.append("a weight above the cap")
-    if not faults and not _norm(unpack(update.adapter).tensors) <= NORM_FACTOR * (1 + sent.norm):
+    if not faults and not norm(update.adapter) <= NORM_FACTOR * (1 + sent.norm):
         faults.append("values of an absurd size")
     _settle(faults)
     seen.add(nonce)
@@ -135,10 +135,6 @@ def _tensor_faults(tensors: Mapping[str, Tensor], spec: PayloadSpec) -> list[str
     if any(str(tensors[name].dtype) != f"torch.{wanted[name].dtype}" for name in shared):
         faults.append("a wrong dtype")
     return faults
-
-
-def _norm(tensors: Mapping[str, Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
 
 
 def _settle(faults: list[str]) -> None:

@@ -48,6 +48,7 @@ ACTIONS: dict[Stage, str] = {
     Stage.evaluate: "evaluate.site",
 }
 
+MAX_NOTICE = 500  # characters
 _CODE = re.compile(r"[A-Z][A-Z_]{0,39}")
 _FIELD = re.compile(r"[a-z][a-z0-9_.]{0,59}")
 _T = TypeVar("_T")
@@ -90,7 +91,10 @@ def encode_request(order: Round, adapter: Adapter | None = None) -> Content:
 
 
 def decode_order(content: Content) -> Round:
-    return _read(content, "order", Round)
+    order = _read(content, "order", Round)
+    if len(order.notice) > MAX_NOTICE:
+        raise ArtefactError(f"an order's notice has more than {MAX_NOTICE} characters")
+    return order
 
 
 def encode_student_request(order: Round, request: StudentRequest) -> Content:

@@ -52,7 +52,11 @@ def put_adapter(content: RecordDict, key: str, adapter: Adapter) -> None:
 
 
 def decode_adapter(content: RecordDict, key: str = "adapter") -> Adapter:
-    """Raises ``ArtefactError`` before it allocates anything if layout and bytes do not agree."""
+    """The adapter under ``key``. Its arrays leave ``content`` one by one, so that it is never there twice.
+
+    Raises ``ArtefactError``, before it allocates anything and with ``content`` whole, if layout and bytes do
+    not agree.
+    """
     head, arrays = content.get(f"{key}.head"), content.get(key)
     if not isinstance(head, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         raise ArtefactError(f"the message carries no {key}")
@@ -75,7 +79,7 @@ def decode_adapter(content: RecordDict, key: str = "adapter") -> Adapter:
         _check_array(arrays[name], name.partition(".")[0], length)
     tensors: dict[str, Tensor] = {}
     for dtype, shapes in layout.items():
-        tensors |= _unflatten([arrays[name].data for name, _ in chunks[dtype]], dtype, shapes)
+        tensors |= _unflatten((arrays.pop(name).data for name, _ in chunks[dtype]), dtype, shapes)
     return Adapter(dict(sorted(tensors.items())), base, rank, preset)
 
 
@@ -134,7 +138,7 @@ def _check_array(array: Array, dtype: str, elements: int) -> None:
         raise ArtefactError("an adapter's array has another length than its layout says")
 
 
-def _unflatten(chunks: list[bytes], dtype: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _unflatten(chunks: Iterator[bytes], dtype: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Views into one fresh tensor; nothing aliases the message."""
     torch_type, _, numpy_name = DTYPES[dtype]
     sizes = [math.prod(shape) for shape in shapes.values()]

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from server.report import charts, reading, wording
+from server.report.acceptance import acceptance
 from server.report.comparison import Matrix, matrix_of, metrics_of, models_of
 from server.report.schema import EgressEntry, Picture, RoundRecord, RunReport, SiteEntry
 
@@ -69,6 +70,7 @@ def render(report: RunReport) -> str:
             byte_chart=_byte_chart(report.rounds),
             site_pictures=_site_pictures(report),
             receipts=_receipts(report),
+            accepted=acceptance(report.rounds),
             command=_command(report),
         )
     )

@@ -138,6 +138,9 @@ class FakeGuard:
         return self._egress().release_update(order.stage, order.index, update)
 
     def _wrong(self, order: Round) -> str:
+        if order.notice:
+            with (self.folder / "notices.txt").open("a") as log:
+                log.write(f"{order.stage}:{order.index} {order.notice}\n")
         wrong = str(self.behaviour.get(f"{order.stage}:{order.index}", ""))
         if wrong == "raise":
             raise RuntimeError(f"cannot read {PLANTED_PATH} of {PLANTED_ID}")
@@ -174,6 +177,7 @@ TAMPER: dict[str, Callable[[AdapterUpdate], AdapterUpdate]] = {
     "rank": lambda update: replace(update, adapter=replace(update.adapter, rank=1)),
     "stale": lambda update: replace(update, started_from="ef" * 32),
     "heavy": lambda update: replace(update, weight=1e9),
+    "far": lambda update: _with(update, decoder__head__weight=head(60.0)),
     "huge": lambda update: _with(update, decoder__head__weight=head(1e9)),
 }
 

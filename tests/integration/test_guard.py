@@ -54,6 +54,18 @@ def test_a_site_agrees_and_its_answer_is_on_a_receipt(home: Path, smoke_plan: Ru
     assert [line["name"] for line in receipts(home)] == ["answer"]
 
 
+def test_what_the_coordinator_says_of_the_last_answer_is_kept_for_the_sites_people(
+    home: Path, smoke_plan: RunPlan
+) -> None:
+    guard = guard_of(home)
+    guard.propose(smoke_plan, order(smoke_plan, Stage.propose))
+    notice = "adapt, round 1: a wrong shape\n{"
+    guard.style(replace(order(smoke_plan, Stage.style), notice=notice))
+    guard.style(order(smoke_plan, Stage.style))
+    (line,) = (home / "notices.jsonl").read_text().splitlines()
+    assert json.loads(line)["notice"] == notice
+
+
 @pytest.mark.parametrize(
     ("policy", "field"),
     [({"allow_style": False}, "allow_style"), ({"max_payload_mb": 0.01}, "max_payload_mb")],

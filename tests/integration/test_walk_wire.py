@@ -103,6 +103,7 @@ def test_the_mean_of_the_sites_is_what_comes_out(tmp_path: Path) -> None:
         ("stale", "started from another adapter than it was sent"),
         ("heavy", "a weight above the cap"),
         ("huge", "values of an absurd size"),
+        ("far", "a change far larger than the others'"),
     ],
 )
 def test_a_faulty_site_is_dropped_by_name_and_cause_and_comes_back(
@@ -115,6 +116,8 @@ def test_a_faulty_site_is_dropped_by_name_and_cause_and_comes_back(
     assert answered(outcome, "adapt", 2) == list(SITES), "a dropped site may come back"
     dropped = [event for event in consortium.events() if event["event"] == "dropped"]
     assert [(event["site"], event["stage"], event["reason"]) for event in dropped] == [("b", "adapt", cause)]
+    told = (consortium.sites_dir / "b" / "notices.txt").read_text().splitlines()
+    assert told == [f"adapt:2 adapt, round 2: {cause}"], "it is told once why, with its next order"
 
 
 @pytest.mark.parametrize("stage", ["style", "student", "evaluate"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Error, Message
+from flwr.app import ConfigRecord, Error, Message
 
 import server.collect
 from common import wire
@@ -86,7 +86,7 @@ class Case:
     def __init__(self, folder: Path, script: dict[int, list[object]], **options: int) -> None:
         self.folder = folder
         self.grid = ScriptedGrid(script)
-        self.collector = Collector(self.grid, EventLog(folder / "events.jsonl"), folder / "inbox", **options)
+        self.collector = Collector(self.grid, EventLog(folder / "events.jsonl"), **options)
         self.taken: list[str] = []
         self.reject: dict[str, str] = {}
 
@@ -108,22 +108,23 @@ def reasons(collection: Collection) -> dict[str, str]:
     return {rejection.site: rejection.reason for rejection in collection.rejected}
 
 
-def test_answers_are_taken_in_the_sites_order_whatever_order_they_come_in(tmp_path: Path) -> None:
-    case = Case(tmp_path, {1: [None] * 6 + [note("a")], 2: [None] * 2 + [note("b")], 3: [note("c")]})
+def test_answers_are_taken_as_they_come_and_listed_by_site(tmp_path: Path) -> None:
+    def once(*others: str) -> Callable[[], wire.Content | None]:
+        return lambda: note(min(SITES.keys() - others)) if set(others) <= set(case.taken) else None
+
+    case = Case(tmp_path, {1: [once("b", "c")], 2: [lambda: note("b") if "c" in case.taken else None],
+                           3: [note("c")]})  # fmt: skip
     collection = case.run()
-    assert collection.sites == case.taken == ["a", "b", "c"]
+    assert case.taken == ["c", "b", "a"]
+    assert collection.sites == ["a", "b", "c"]
     assert not collection.rejected
-    assert list((tmp_path / "inbox").iterdir()) == [], "what waited on the disk is gone"
 
 
-def test_a_reply_that_waits_for_its_turn_waits_on_the_disk(tmp_path: Path) -> None:
-    inbox = tmp_path / "inbox"
-
-    def once_c_is_stored() -> wire.Content | None:
-        return note("a") if (inbox / "c.reply").exists() else None
-
-    case = Case(tmp_path, {1: [once_c_is_stored], 2: [note("b")], 3: [note("c")]})
-    assert case.run().sites == ["a", "b", "c"]
+def test_an_answer_that_is_too_large_is_dropped_unread(tmp_path: Path) -> None:
+    large = wire.Content({"body": ConfigRecord({"json": "{" * (2 << 20)})})
+    listed = wire.Content({"body": ConfigRecord({"json": [0.0] * (1 << 18)})})
+    case = Case(tmp_path, {1: [large], 2: [note("b")], 3: [listed]})
+    assert reasons(case.run()) == {"a": "TOO_LARGE", "c": "TOO_LARGE"}
 
 
 def test_bytes_are_those_of_the_messages(tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def test_the_payload_of_training_is_the_adapter_to_the_element(smoke_recipe: Rec
         assert spec is not None
         expected = {name: list(tensor.shape) for name, tensor in adapter.trained().tensors.items()}
         assert {tensor.name: tensor.shape for tensor in spec.tensors} == expected
-        assert adapter.elements * 4 < spec.max_bytes <= adapter.elements * 4 * 1.02 + 1025
+        assert {tensor.dtype for tensor in spec.tensors} == {"bfloat16"}
+        layout = sum(len(name) + 32 for name in expected)
+        assert adapter.elements * 2 < spec.max_bytes <= adapter.elements * 2 * 1.02 + 1025 + layout
         assert adapter.base_sha256 in plan.models.values()
 
 

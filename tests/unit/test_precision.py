@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.adapter import Adapter
 from common.errors import ArtefactError
-from common.precision import BLOCK, pack, pack_down, sendable, unpack
+from common.precision import BLOCK, PART, norm, pack, pack_down, sendable, unpack
 from common.recipe import WireDtype
 
 EVERY = list(WireDtype)
@@ -84,6 +84,13 @@ def test_what_is_not_finite_stays_so(dtype: WireDtype) -> None:
         spoilt = replace(adapter(7), tensors={"a": torch.tensor([1.0, bad, 2.0])})
         packed = pack(spoilt, dtype)
         assert not all(bool(torch.isfinite(tensor).all()) for tensor in packed.tensors.values())
+
+
+@pytest.mark.parametrize("dtype", EVERY)
+def test_the_norm_is_that_of_what_is_carried(dtype: WireDtype) -> None:
+    packed = pack(adapter(5, 700, 3 * PART + 17), dtype)
+    whole = torch.cat([tensor.double().flatten() for tensor in unpack(packed).tensors.values()])
+    assert norm(packed) == pytest.approx(float(whole.norm()), rel=1e-6)
 
 
 def test_scales_must_fit_their_tensor() -> None:

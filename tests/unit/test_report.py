@@ -11,6 +11,7 @@ import pytest
 
 from common.errors import ArtefactError
 from server.report import rebuild
+from server.report.acceptance import acceptance
 from server.report.comparison import matrix_of
 from server.report.page import render
 from server.report.reading import reading
@@ -216,6 +217,23 @@ def test_rejections_are_listed_with_site_round_and_reason() -> None:
     text = Page(render(replace(report, rounds=rounds))).text
     assert "adapter 2 hillside not finite: adapter.3.lora_A" in text
     assert "No update was rejected" not in text
+
+
+def test_each_sites_acceptance_rate_is_shown() -> None:
+    report = sample_report()
+    training = [record for record in report.rounds if record.stage in ("adapt", "generator")]
+    silenced = [
+        replace(record, sites=[site for site in record.sites if site != "hillside"],
+                rejected=[Rejection("hillside", "a change far larger than the others'")])
+        for record in training[1:]
+    ]  # fmt: skip
+    found = {one.site: one for one in acceptance([training[0], *silenced, *report.rounds])}
+    twice = len(training) + len(training)
+    assert (found["hillside"].asked, found["hillside"].used) == (twice, 1 + len(training))
+    others = [one for site, one in found.items() if site != "hillside"]
+    assert [one.share for one in others] == [1.0] * len(others)
+    one_of_all = replace(report, rounds=[training[0], *silenced])
+    assert f"{1 / len(training):.0%}" in Page(render(one_of_all)).derived
 
 
 EVIL = "<img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"

@@ -134,6 +134,10 @@ def test_derived_numbers_are_means_sums_and_differences_of_the_report() -> None:
     expected.add(wording.size(sum(sum(r.bytes_up.values()) for r in report.rounds) / len(SITES)))
     for site in SITES:
         expected.add(wording.size(sum(entry.bytes for entry in report.egress if entry.site == site)))
+    for site in SITES:
+        training = [record for record in report.rounds if record.stage in ("adapt", "generator")]
+        used = sum(site in record.sites for record in training)
+        expected |= {str(len(training)), str(used), f"{used / len(training):.0%}"}
     found = Page(render(report)).derived
     assert set(found) <= expected
     assert "+0.105" in found  # fmean of 0.836-0.742, 0.841-0.761, 0.829-0.688

@@ -157,10 +157,23 @@ def test_any_adapter_comes_back_exactly(specs: dict[str, tuple[list[int], torch.
 
 def test_nothing_of_a_decoded_adapter_aliases_the_message() -> None:
     content = wire.encode_request(ORDER, SMALL)
-    before = SMALL.digest
+    before, data = SMALL.digest, content["adapter"]["float32.0"].data  # type: ignore[index]
+    sent = bytes(bytearray(data))
     for tensor in wire.decode_adapter(content).tensors.values():
         tensor.fill_(9.0)
-    assert wire.decode_adapter(content).digest == before == SMALL.digest
+    assert (SMALL.digest, data) == (before, sent)
+
+
+def test_decoding_takes_the_arrays_out_of_the_message() -> None:
+    """Or a large answer would be in memory twice. A refused one is left as it was."""
+    content = wire.encode_request(ORDER, SMALL)
+    wire.decode_adapter(content)
+    assert not content["adapter"]
+    spoilt = wire.encode_request(ORDER, SMALL)
+    edit_array(spoilt, dtype="float64")
+    with pytest.raises(ArtefactError):
+        wire.decode_adapter(spoilt)
+    assert spoilt["adapter"]
 
 
 def test_requests_come_back_exactly(smoke_plan: RunPlan) -> None:
@@ -300,6 +313,13 @@ def test_malformed_json_is_refused(text: str) -> None:
     for decode in (wire.decode_answer, wire.decode_note, wire.decode_metrics, wire.decode_style):
         with pytest.raises(ArtefactError):
             decode(content)
+
+
+def test_a_notice_has_a_limit() -> None:
+    order = replace(ORDER, notice="n" * wire.MAX_NOTICE)
+    assert wire.decode_order(wire.encode_request(order)) == order
+    with pytest.raises(ArtefactError, match="notice"):
+        wire.decode_order(wire.encode_request(replace(ORDER, notice=order.notice + "n")))
 
 
 def test_a_refused_message_is_not_repeated_in_the_reason() -> None:
