@@ -35,10 +35,12 @@ from common.adapter import Adapter
 from common.generator import initial_adapter as initial_generator_adapter
 from common.generator import resident_generator
 from common.guard_api import Metric, StudentNote
-from common.plan import Round, RunPlan
+from common.plan import Round, RunPlan, Stage
 from common.recipe import GeneratorScope
 from common.style import StyleSummary
 from common.teacher import ResidentTeacher, Teacher, initial_adapter, resident_teacher, teacher_for
+from common.tuning.halves import trained_halves
+from common.tuning.presets import GENERATOR
 
 LOCAL_TEACHER = "local_teacher"  # the baseline that is a teacher: this site's alone, same steps
 Forward = Callable[[Tensor], Tensor]
@@ -47,18 +49,24 @@ Forward = Callable[[Tensor], Tensor]
 def adapt_teacher(
     site: Site, plan: RunPlan, adapter: Adapter, train: Sequence[Patient], order: Round
 ) -> Adaptation:
-    seed = site.draw_seed(plan, "adapt", order.index)
     teacher = resident_teacher(site.teacher(plan), plan.data)
-    visit = Visit(order.index, seed, site.folder)
+    visit = round_visit(site, plan, Stage.adapt, order.index)
     return adapt(teacher, adapter, train, plan, visit, Deadline(order.deadline_s))
 
 
 def adapt_generator(
     site: Site, plan: RunPlan, adapter: Adapter, train: Sequence[Patient], order: Round
 ) -> Adaptation:
-    seed = site.draw_seed(plan, "generator", order.index)
     generator = resident_generator(plan.generator.name, plan.generator.rank)
-    return fine_tune(generator, adapter, train, plan, (order.index, seed), Deadline(order.deadline_s))
+    visit = round_visit(site, plan, Stage.generator, order.index)
+    return fine_tune(generator, adapter, train, plan, visit, Deadline(order.deadline_s))
+
+
+def round_visit(site: Site, plan: RunPlan, stage: Stage, index: int) -> Visit:
+    """One round of ``stage`` at ``site``: its own seed, and the factors whose turn it is."""
+    preset = site.teacher(plan).adapter if stage is Stage.adapt else GENERATOR
+    halves = trained_halves(preset, plan.aggregation.rule, index)
+    return Visit(index, site.draw_seed(plan, str(stage), index), site.folder, halves)
 
 
 @dataclass(frozen=True)
@@ -179,7 +187,7 @@ class Workshop:
         """A teacher of this site alone: the same start, steps and batches as in the federation."""
         adapter = initial_adapter(self.site.teacher(self.plan), self.plan.data, self.plan.seed)
         for index in range(self.plan.rounds):
-            visit = Visit(index, self.site.draw_seed(self.plan, "adapt", index), self.site.folder)
+            visit = round_visit(self.site, self.plan, Stage.adapt, index)
             adapter = adapt(self._teacher, adapter, self._labelled, self.plan, visit, self.deadline).adapter
         return adapter
 

@@ -197,7 +197,7 @@ class Walk:
             nonce, update = wire.decode_update(content)
             self.rounds.live.watch(update)
             cap = self.recipe.policy.max_weight
-            admit(update, nonce, sent[site], self._payload(stage, site), cap, self.seen_nonces)
+            admit(update, nonce, sent[site], self._payload(stage, index, site), cap, self.seen_nonces)
             rule.fold(site, update)
             losses[site] = [loss for loss in update.losses if loss == loss]  # NaN: not measured
 
@@ -207,11 +207,11 @@ class Walk:
         residual = rule.close_round()
         self._keep(self.outcome.with_round(done.record(residual, losses)))
 
-    def _payload(self, stage: Stage, site: str) -> PayloadSpec:
-        """What the plan lets ``site`` send up in ``stage``."""
+    def _payload(self, stage: Stage, index: int, site: str) -> PayloadSpec:
+        """What the plan lets ``site`` send up in a round of ``stage``."""
         agreed = self.outcome.adapters[site]
-        variant = self.plan.variant(agreed.preset, agreed.rank)
-        payload = variant.payload if variant and stage is Stage.adapt else self.plan.payload(stage)
+        variant = self.plan.variant(agreed.preset, agreed.rank) if stage is Stage.adapt else None
+        payload = variant.payload(index) if variant else self.plan.payload(stage, index)
         assert payload is not None, "the roll call admits only variants of the plan"
         return payload
 

@@ -21,6 +21,7 @@ from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
 from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant
 from common.recipe import GeneratorScope, Recipe, TeacherConfig
 from common.style import StyleSummary
+from common.tuning.halves import turns
 from common.tuning.presets import rank_of, site_teacher
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -92,7 +93,7 @@ def model_digests(recipe: Recipe) -> dict[str, str]:
 
 def build_plan(recipe: Recipe, run_id: str) -> RunPlan:
     """The whole job as one object with one digest. Raises ``ArtefactError`` for models that are not there."""
-    first = first_adapters(recipe)
+    first, rule = first_adapters(recipe), recipe.aggregation.rule
     stages = run_stages(recipe)
     return RunPlan(
         run_id=run_id,
@@ -101,8 +102,8 @@ def build_plan(recipe: Recipe, run_id: str) -> RunPlan:
         code_sha256=code_sha256(),
         models=model_digests(recipe),
         stages=stages,
-        payloads=[_payload(stage, first) for stage in stages if stage is not Stage.adapt],
-        variants=[Variant(a.preset, a.rank, _update_payload(Stage.adapt, a)) for a in first.teachers],
+        payloads=[spec for s in stages if s is not Stage.adapt for spec in _payloads(s, first, rule)],
+        variants=[Variant(a.preset, a.rank, _in_turn(Stage.adapt, a, rule)) for a in first.teachers],
         data=replace(recipe.data, root=None),
         teacher=recipe.teacher,
         aggregation=recipe.aggregation,
@@ -135,16 +136,21 @@ def code_sha256(project: Path = PROJECT) -> str:
     return digest.hexdigest()
 
 
-def _payload(stage: Stage, first: FirstAdapters) -> PayloadSpec:
+def _payloads(stage: Stage, first: FirstAdapters, rule: str) -> list[PayloadSpec]:
     if stage in TABLES:
         name, kind, max_bytes = TABLES[stage]
-        return PayloadSpec(stage, [], sorted(set(_paths(kind, name))), max_bytes)
+        return [PayloadSpec(stage, [], sorted(set(_paths(kind, name))), max_bytes)]
     assert first.generator is not None, "only the federated scope has a generator stage"
-    return _update_payload(stage, first.generator)
+    return _in_turn(stage, first.generator, rule)
 
 
-def _update_payload(stage: Stage, adapter: Adapter) -> PayloadSpec:
-    tensors = adapter.trained().tensors
+def _in_turn(stage: Stage, adapter: Adapter, rule: str) -> list[PayloadSpec]:
+    """What the rounds of training send: one entry, or one for each turn of an alternating rule."""
+    return [_update_payload(stage, adapter.trained(halves)) for halves in turns(adapter.preset, rule)]
+
+
+def _update_payload(stage: Stage, trained: Adapter) -> PayloadSpec:
+    tensors = trained.tensors
     specs = [
         TensorSpec(name, list(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch."))
         for name in sorted(tensors)

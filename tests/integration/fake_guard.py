@@ -25,6 +25,7 @@ from common.plan import Round, RunPlan, Stage
 from common.recipe import GeneratorScope, Recipe
 from common.seeding import derive_seed
 from common.style import STYLE_BOUNDS, StyleGroup, StyleSummary
+from common.tuning.halves import trained_halves
 from common.tuning.presets import GENERATOR
 from server.planning import FirstAdapters
 
@@ -112,17 +113,21 @@ class FakeGuard:
 
     # ---- inside ---------------------------------------------------------------------------------
 
+    def _plan(self) -> RunPlan:
+        return RunPlan.from_json((self.folder / "plan.json").read_text())
+
     def _egress(self) -> Egress:
-        plan = RunPlan.from_json((self.folder / "plan.json").read_text())
+        plan = self._plan()
         rank = 3 if self.behaviour.get("propose:0") == "another rank" else 2
         return Egress(self.site, self.folder, plan, plan.variant("base", rank))
 
     def _train(self, order: Round, adapter: Adapter) -> AdapterUpdate:
         wrong = self._wrong(order)
         generator = torch.Generator().manual_seed(derive_seed(3, self.site, order.stage, order.index))
+        halves = trained_halves(adapter.preset, self._plan().aggregation.rule, order.index)
         tensors = {
             name: 0.9 * tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-            for name, tensor in sorted(adapter.trained().tensors.items())
+            for name, tensor in sorted(adapter.trained(halves).tensors.items())
         }
         trained = replace(adapter, tensors=tensors)
         weight = 4.0 + ord(self.site[-1]) % 7
@@ -155,9 +160,18 @@ def _with(update: AdapterUpdate, **tensors: torch.Tensor) -> AdapterUpdate:
     return replace(update, adapter=replace(update.adapter, tensors=changed))
 
 
+def _other_half(update: AdapterUpdate) -> AdapterUpdate:
+    """Its factors are of the half whose turn it is not: A in the shape of its layer, for a B that was due."""
+    kept = {name: t for name, t in update.adapter.tensors.items() if not name.endswith(".lora_B")}
+    layers = [name for name in update.adapter.tensors if name.endswith(".lora_B")]
+    other = {name.replace("lora_B", "lora_A"): torch.zeros(2, 8) for name in layers}
+    return replace(update, adapter=replace(update.adapter, tensors={**kept, **other}))
+
+
 TAMPER: dict[str, Callable[[AdapterUpdate], AdapterUpdate]] = {
     "nan": lambda update: _with(update, decoder__head__weight=torch.full((3, 4), float("nan"))),
     "extra": lambda update: _with(update, patient_0017=torch.ones(2)),
+    "half": _other_half,
     "shape": lambda update: _with(update, decoder__head__weight=torch.ones(4, 3)),
     "base": lambda update: replace(update, adapter=replace(update.adapter, base_sha256="cd" * 32)),
     "preset": lambda update: replace(update, adapter=replace(update.adapter, preset="lite")),
