@@ -1,6 +1,7 @@
 """What the guard does with opened data: the site's own training, its students, its evaluation.
 
-Files written here stay in the site's folder: ``student.safetensors``, ``baselines/``, ``synthetic/``.
+Files written here stay in the site's folder: ``student.safetensors``, ``personal.safetensors``,
+``baselines/``, ``synthetic/``.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from torch import Tensor
 from client.adaptation import Adaptation, Visit, adapt
 from client.curation import Curated, drop_inconsistent, synthetic_part
 from client.deadline import Deadline
-from client.distillation import VARIANTS, TransferSet, assemble_transfer_set, distil, real_crops
+from client.distillation import VARIANTS, TransferSet, assemble_transfer_set, distil, join, real_crops
 from client.evaluation import THRESHOLD, evaluate_patients, release_metrics
 from client.generation import SyntheticSet, fine_tune, synthesise
 from client.patients import Patient
+from client.personal import PERSONAL_FILE, PERSONAL_TEACHER, personalises, train_personal
 from client.prediction import label_image
 from client.prefix_cache import PrefixCache
 from client.site import Site
@@ -44,6 +46,7 @@ from common.tuning.presets import GENERATOR
 
 LOCAL_TEACHER = "local_teacher"  # the baseline that is a teacher: this site's alone, same steps
 Forward = Callable[[Tensor], Tensor]
+_Labelling = tuple[Adapter, tuple[Tensor, Tensor] | None, SyntheticSet | None]
 
 
 def adapt_teacher(
@@ -95,6 +98,8 @@ class Workshop:
             PrefixCache(self.site.folder).forget()
 
     def _train_all(self) -> StudentNote:
+        if self.personal_adapter is not None:
+            self.personal_adapter.save(model_path(self.site, PERSONAL_TEACHER))
         names = ["student", *(name for name in self.plan.baselines if name in VARIANTS)]
         curated = self._curated("federated", "all")
         for name in names:
@@ -133,14 +138,27 @@ class Workshop:
         if teacher is None:
             transfer = assemble_transfer_set(None, synthetic, None, self.plan.data.exclusive)
         else:
-            adapter = self.adapter if teacher == "federated" else self.local_adapter
-            with self._teacher.visit(adapter) as network:
-                transfer = assemble_transfer_set(self._real, synthetic, network, self.plan.data.exclusive)
+            transfer = join([self._labelled_by(*part) for part in self._labelling(teacher, synthetic)])
         return (
             None
             if transfer is None
             else drop_inconsistent(transfer, self.plan.generator.keep_dice, self.plan.data.exclusive)
         )
+
+    def _labelling(self, teacher: str, synthetic: SyntheticSet | None) -> list[_Labelling]:
+        """Whose adapter labels which images."""
+        if teacher == "local":
+            return [(self.local_adapter, self._real, synthetic)]
+        if self.personal_adapter is None:
+            return [(self.adapter, self._real, synthetic)]
+        # The personal teacher knows this site's own look; the synthetic images have that of all sites.
+        return [(self.personal_adapter, self._real, None), (self.adapter, None, synthetic)]
+
+    def _labelled_by(
+        self, adapter: Adapter, real: tuple[Tensor, Tensor] | None, synthetic: SyntheticSet | None
+    ) -> TransferSet | None:
+        with self._teacher.visit(adapter) as network:
+            return assemble_transfer_set(real, synthetic, network, self.plan.data.exclusive)
 
     @cached_property
     def _real(self) -> tuple[Tensor, Tensor]:
@@ -183,6 +201,13 @@ class Workshop:
         return fine_tune(generator, start, self._labelled, self.plan, (0, seed), self.deadline).adapter
 
     @cached_property
+    def personal_adapter(self) -> Adapter | None:
+        """The site's own, on top of the shared one; None where the rule has none."""
+        if not personalises(self.plan):
+            return None
+        return train_personal(self.site, self.plan, self.adapter, self._labelled, self.deadline)
+
+    @cached_property
     def local_adapter(self) -> Adapter:
         """A teacher of this site alone: the same start, steps and batches as in the federation."""
         adapter = initial_adapter(self.site.teacher(self.plan), self.plan.data, self.plan.seed)
@@ -211,7 +236,8 @@ class Workshop:
 
 def model_path(site: Site, name: str) -> Path:
     """Where a site keeps the model ``name``."""
-    return site.folder / ("student.safetensors" if name == "student" else f"baselines/{name}.safetensors")
+    at_top = {"student": "student.safetensors", PERSONAL_TEACHER: PERSONAL_FILE}
+    return site.folder / at_top.get(name, f"baselines/{name}.safetensors")
 
 
 @torch.inference_mode()
@@ -259,11 +285,12 @@ def opened_models(site: Site, plan: RunPlan, adapter: Adapter) -> Iterator[dict[
     ready: dict[str, Callable[[], Forward]] = {
         "teacher": lambda: with_adapter(teacher_for(adapter, plan), adapter)
     }
-    for name in ("student", *plan.baselines):
+    personal = [PERSONAL_TEACHER] if personalises(plan) else []
+    for name in (*personal, "student", *plan.baselines):
         path = model_path(site, name)
         if not path.exists():
             continue
-        if name == LOCAL_TEACHER:
+        if name in (LOCAL_TEACHER, PERSONAL_TEACHER):
             ready[name] = lambda path=path: with_adapter(own, Adapter.load(path))
         else:
             ready[name] = lambda path=path: load_student(path).module
