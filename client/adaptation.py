@@ -18,26 +18,35 @@ from client.sampling import PatchSampler
 from common.adapter import Adapter
 from common.plan import RunPlan
 from common.teacher import ResidentTeacher, Teacher
+from common.tuning.halves import BOTH, Halves
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """The trained adapter, and the mean loss of the first and the last tenth of the steps."""
+    """The adapter after training.
+
+    Attributes:
+        losses: mean of the first and of the last tenth of the steps.
+        halves: those of the factors that were trained; the others are as they were sent.
+    """
 
     adapter: Adapter
     losses: tuple[float, float]
+    halves: Halves = BOTH
 
 
 class Visit(NamedTuple):
     """One round at one site.
 
     ``round_index`` decides the learning rate, ``seed`` every batch. ``folder`` is the site's own, where the
-    frozen prefix is kept between rounds if the plan has fixed views; None keeps none.
+    frozen prefix is kept between rounds if the plan has fixed views; None keeps none. ``halves``: the
+    factors that are trained in this round, as far as the preset trains them at all.
     """
 
     round_index: int
     seed: int
     folder: Path | None = None
+    halves: Halves = BOTH
 
 
 def adapt(
@@ -51,7 +60,7 @@ def adapt(
     """Train for ``plan.teacher.steps`` steps from ``adapter``.
 
     Args:
-        order: (round index, seed), and where a frozen prefix may be kept; see `Visit`.
+        order: (round index, seed), where a frozen prefix may be kept, and what is trained; see `Visit`.
 
     Raises:
         ArtefactError: the adapter does not fit.
@@ -62,15 +71,14 @@ def adapt(
     settings, visit = plan.teacher, Visit(*order)
     steps = settings.steps
     schedule = Schedule(settings.learning_rate, steps, visit.round_index * steps, plan.rounds * steps)
-    with teacher.visit(adapter, train=True) as network:
+    with teacher.visit(adapter, train=True, halves=visit.halves) as network:
         if settings.cached_views:
             loss_at = training_views(network, adapter, patients, plan, (visit.seed, visit.folder))
         else:
             loss_at = _fresh_crops(network, patients, plan, visit.seed)
-        losses = fit(
-            list(teacher.slots.trainable().values()), schedule, loss_at, deadline, "adapting the teacher"
-        )
-        return Adaptation(teacher.slots.read(), ends(losses))
+        trained = list(teacher.slots.trainable(visit.halves).values())
+        losses = fit(trained, schedule, loss_at, deadline, "adapting the teacher")
+        return Adaptation(teacher.slots.read(), ends(losses), visit.halves)
 
 
 def _fresh_crops(

@@ -82,6 +82,15 @@ class TransferSet:
         return TransferSet(self.images[keep], self.masks[keep], self.synthetic[keep], *rest)
 
 
+def join(parts: Sequence[TransferSet | None]) -> TransferSet | None:
+    """One set of ``parts`` in their order, all labelled by a teacher; None where there is none."""
+    found = [part for part in parts if part is not None]
+    if not found:
+        return None
+    columns = zip(*(vars(part).values() for part in found), strict=True)
+    return TransferSet(*(torch.cat(column) for column in columns))
+
+
 @torch.inference_mode()
 def teacher_logits(teacher: Teacher, images: Tensor, exclusive: bool, views: int = 2) -> Tensor:
     """Logits (N, C, S, S) of the mean probability over ``views`` (1, 2 or 4) mirrored views.

@@ -71,7 +71,7 @@ class Egress:
             EgressRefusal: with every fault.
             ArtefactError: if the receipt cannot be written.
         """
-        spec = self._spec(stage)
+        spec = self._spec(stage, round_index)
         losses = [None if math.isnan(loss) else loss for loss in update.losses]  # NaN: not measured
         numbers = {
             "weight": update.weight, "started_from": update.started_from,
@@ -103,7 +103,7 @@ class Egress:
             EgressRefusal: with every fault.
             ArtefactError: if the receipt cannot be written.
         """
-        spec = self._spec(stage)
+        spec = self._spec(stage, round_index)
         faults = _number_faults(spec, payload, name)
         self._refuse(stage, faults, spec, 0 if faults else _json_bytes(payload))
         self._write_numbers(stage, round_index, name, payload)
@@ -115,8 +115,10 @@ class Egress:
             return self.variant.preset, self.variant.rank
         return GENERATOR, self.plan.generator.rank
 
-    def _spec(self, stage: Stage) -> PayloadSpec:
-        spec = self.variant.payload if stage is Stage.adapt else self.plan.payload(stage)
+    def _spec(self, stage: Stage, round_index: int) -> PayloadSpec:
+        if stage is Stage.adapt:
+            return self.variant.payload(round_index)
+        spec = self.plan.payload(stage, round_index)
         if spec is None:
             raise EgressRefusal(f"the plan names no payload for stage {stage}, so nothing leaves {self.site}")
         return spec

@@ -11,7 +11,7 @@ from diffusers import DPMSolverMultistepScheduler
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.adaptation import Adaptation
+from client.adaptation import Adaptation, Visit
 from client.deadline import Deadline
 from client.fitting import Schedule, ends, fit
 from client.patients import Patient
@@ -120,28 +120,27 @@ def fine_tune(
     adapter: Adapter,
     patients: Sequence[Patient],
     plan: RunPlan,
-    order: tuple[int, int],
+    order: tuple[int, int] | Visit,
     deadline: Deadline,
 ) -> Adaptation:
     """Train the generator's adapter on the site's labelled crops (scopes ``local`` and ``federated``).
 
     Args:
-        order: (round index, seed).
+        order: (round index, seed), and what is trained; see `client.adaptation.Visit`.
     """
-    settings, (round_index, seed) = plan.generator, order
-    sampler = PatchSampler(patients, plan.data.image_size, seed, labelled=True)
-    noise = torch.Generator().manual_seed(seed % 2**63)
+    settings, visit = plan.generator, Visit(*order)
+    sampler = PatchSampler(patients, plan.data.image_size, visit.seed, labelled=True)
+    noise = torch.Generator().manual_seed(visit.seed % 2**63)
     steps = settings.steps
-    schedule = Schedule(settings.learning_rate, steps, round_index * steps, settings.rounds * steps)
-    with generator.visit(adapter, train=True) as network:
+    schedule = Schedule(settings.learning_rate, steps, visit.round_index * steps, settings.rounds * steps)
+    with generator.visit(adapter, train=True, halves=visit.halves) as network:
 
         def loss_at() -> Tensor:
             return diffusion_loss(network, *_styled_batch(sampler, settings.batch_size), noise)
 
-        losses = fit(
-            list(generator.slots.trainable().values()), schedule, loss_at, deadline, "training the generator"
-        )
-        return Adaptation(generator.slots.read(), ends(losses))
+        trained = list(generator.slots.trainable(visit.halves).values())
+        losses = fit(trained, schedule, loss_at, deadline, "training the generator")
+        return Adaptation(generator.slots.read(), ends(losses), visit.halves)
 
 
 def _styled_batch(sampler: PatchSampler, size: int) -> tuple[Tensor, Tensor, Tensor]:

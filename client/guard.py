@@ -108,7 +108,7 @@ class Guard:
             raise PolicyRefusal("this site shares no style summary", field="allow_style")
         if Stage.generator in plan.stages and not policy.allow_generator:
             raise PolicyRefusal("this site trains no generator for others", field="allow_generator")
-        payloads = [*plan.payloads, self.site.variant(plan).payload]
+        payloads = [*plan.payloads, *self.site.variant(plan).payloads]
         largest = max(payload.max_bytes for payload in payloads)
         if largest > policy.max_payload_mb * 2**20:
             raise PolicyRefusal(f"a payload of {largest} bytes is asked for", field="max_payload_mb")
@@ -135,7 +135,7 @@ class Guard:
     def _release_update(
         self, plan: RunPlan, order: Round, sent: Adapter, trained: workshop.Adaptation, patients: int
     ) -> AdapterUpdate:
-        step = trained.adapter.trained().step_from(unpack(sent))
+        step = trained.adapter.trained(trained.halves).step_from(unpack(sent))
         update = AdapterUpdate(
             adapter=pack(step, plan.aggregation.wire_dtype),
             weight=float(min(patients, self.site.policy.max_weight)),

@@ -1,6 +1,7 @@
 """What the guard does with opened data: the site's own training, its students, its evaluation.
 
-Files written here stay in the site's folder: ``student.safetensors``, ``baselines/``, ``synthetic/``.
+Files written here stay in the site's folder: ``student.safetensors``, ``personal.safetensors``,
+``baselines/``, ``synthetic/``.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from torch import Tensor
 from client.adaptation import Adaptation, Visit, adapt
 from client.curation import Curated, drop_inconsistent, synthetic_part
 from client.deadline import Deadline
-from client.distillation import VARIANTS, TransferSet, assemble_transfer_set, distil, real_crops
+from client.distillation import VARIANTS, TransferSet, assemble_transfer_set, distil, join, real_crops
 from client.evaluation import THRESHOLD, evaluate_patients, release_metrics
 from client.generation import SyntheticSet, fine_tune, synthesise
 from client.patients import Patient
+from client.personal import PERSONAL_FILE, PERSONAL_TEACHER, personalises, train_personal
 from client.prediction import label_image
 from client.prefix_cache import PrefixCache
 from client.site import Site
@@ -35,30 +37,39 @@ from common.adapter import Adapter
 from common.generator import initial_adapter as initial_generator_adapter
 from common.generator import resident_generator
 from common.guard_api import Metric, StudentNote
-from common.plan import Round, RunPlan
+from common.plan import Round, RunPlan, Stage
 from common.recipe import GeneratorScope
 from common.style import StyleSummary
 from common.teacher import ResidentTeacher, Teacher, initial_adapter, resident_teacher, teacher_for
+from common.tuning.halves import trained_halves
+from common.tuning.presets import GENERATOR
 
 LOCAL_TEACHER = "local_teacher"  # the baseline that is a teacher: this site's alone, same steps
 Forward = Callable[[Tensor], Tensor]
+_Labelling = tuple[Adapter, tuple[Tensor, Tensor] | None, SyntheticSet | None]
 
 
 def adapt_teacher(
     site: Site, plan: RunPlan, adapter: Adapter, train: Sequence[Patient], order: Round
 ) -> Adaptation:
-    seed = site.draw_seed(plan, "adapt", order.index)
     teacher = resident_teacher(site.teacher(plan), plan.data)
-    visit = Visit(order.index, seed, site.folder)
+    visit = round_visit(site, plan, Stage.adapt, order.index)
     return adapt(teacher, adapter, train, plan, visit, Deadline(order.deadline_s))
 
 
 def adapt_generator(
     site: Site, plan: RunPlan, adapter: Adapter, train: Sequence[Patient], order: Round
 ) -> Adaptation:
-    seed = site.draw_seed(plan, "generator", order.index)
     generator = resident_generator(plan.generator.name, plan.generator.rank)
-    return fine_tune(generator, adapter, train, plan, (order.index, seed), Deadline(order.deadline_s))
+    visit = round_visit(site, plan, Stage.generator, order.index)
+    return fine_tune(generator, adapter, train, plan, visit, Deadline(order.deadline_s))
+
+
+def round_visit(site: Site, plan: RunPlan, stage: Stage, index: int) -> Visit:
+    """One round of ``stage`` at ``site``: its own seed, and the factors whose turn it is."""
+    preset = site.teacher(plan).adapter if stage is Stage.adapt else GENERATOR
+    halves = trained_halves(preset, plan.aggregation.rule, index)
+    return Visit(index, site.draw_seed(plan, str(stage), index), site.folder, halves)
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,8 @@ class Workshop:
             PrefixCache(self.site.folder).forget()
 
     def _train_all(self) -> StudentNote:
+        if self.personal_adapter is not None:
+            self.personal_adapter.save(model_path(self.site, PERSONAL_TEACHER))
         names = ["student", *(name for name in self.plan.baselines if name in VARIANTS)]
         curated = self._curated("federated", "all")
         for name in names:
@@ -125,14 +138,27 @@ class Workshop:
         if teacher is None:
             transfer = assemble_transfer_set(None, synthetic, None, self.plan.data.exclusive)
         else:
-            adapter = self.adapter if teacher == "federated" else self.local_adapter
-            with self._teacher.visit(adapter) as network:
-                transfer = assemble_transfer_set(self._real, synthetic, network, self.plan.data.exclusive)
+            transfer = join([self._labelled_by(*part) for part in self._labelling(teacher, synthetic)])
         return (
             None
             if transfer is None
             else drop_inconsistent(transfer, self.plan.generator.keep_dice, self.plan.data.exclusive)
         )
+
+    def _labelling(self, teacher: str, synthetic: SyntheticSet | None) -> list[_Labelling]:
+        """Whose adapter labels which images."""
+        if teacher == "local":
+            return [(self.local_adapter, self._real, synthetic)]
+        if self.personal_adapter is None:
+            return [(self.adapter, self._real, synthetic)]
+        # The personal teacher knows this site's own look; the synthetic images have that of all sites.
+        return [(self.personal_adapter, self._real, None), (self.adapter, None, synthetic)]
+
+    def _labelled_by(
+        self, adapter: Adapter, real: tuple[Tensor, Tensor] | None, synthetic: SyntheticSet | None
+    ) -> TransferSet | None:
+        with self._teacher.visit(adapter) as network:
+            return assemble_transfer_set(real, synthetic, network, self.plan.data.exclusive)
 
     @cached_property
     def _real(self) -> tuple[Tensor, Tensor]:
@@ -175,11 +201,18 @@ class Workshop:
         return fine_tune(generator, start, self._labelled, self.plan, (0, seed), self.deadline).adapter
 
     @cached_property
+    def personal_adapter(self) -> Adapter | None:
+        """The site's own, on top of the shared one; None where the rule has none."""
+        if not personalises(self.plan):
+            return None
+        return train_personal(self.site, self.plan, self.adapter, self._labelled, self.deadline)
+
+    @cached_property
     def local_adapter(self) -> Adapter:
         """A teacher of this site alone: the same start, steps and batches as in the federation."""
         adapter = initial_adapter(self.site.teacher(self.plan), self.plan.data, self.plan.seed)
         for index in range(self.plan.rounds):
-            visit = Visit(index, self.site.draw_seed(self.plan, "adapt", index), self.site.folder)
+            visit = round_visit(self.site, self.plan, Stage.adapt, index)
             adapter = adapt(self._teacher, adapter, self._labelled, self.plan, visit, self.deadline).adapter
         return adapter
 
@@ -203,7 +236,8 @@ class Workshop:
 
 def model_path(site: Site, name: str) -> Path:
     """Where a site keeps the model ``name``."""
-    return site.folder / ("student.safetensors" if name == "student" else f"baselines/{name}.safetensors")
+    at_top = {"student": "student.safetensors", PERSONAL_TEACHER: PERSONAL_FILE}
+    return site.folder / at_top.get(name, f"baselines/{name}.safetensors")
 
 
 @torch.inference_mode()
@@ -251,11 +285,12 @@ def opened_models(site: Site, plan: RunPlan, adapter: Adapter) -> Iterator[dict[
     ready: dict[str, Callable[[], Forward]] = {
         "teacher": lambda: with_adapter(teacher_for(adapter, plan), adapter)
     }
-    for name in ("student", *plan.baselines):
+    personal = [PERSONAL_TEACHER] if personalises(plan) else []
+    for name in (*personal, "student", *plan.baselines):
         path = model_path(site, name)
         if not path.exists():
             continue
-        if name == LOCAL_TEACHER:
+        if name in (LOCAL_TEACHER, PERSONAL_TEACHER):
             ready[name] = lambda path=path: with_adapter(own, Adapter.load(path))
         else:
             ready[name] = lambda path=path: load_student(path).module

@@ -26,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from common.errors import ArtefactError
+from common.tuning.halves import B_ALONE, BOTH, Halves, without
 from common.tuning.presets import sends_a
 
 FACTOR_SUFFIXES = ("lora_A", "lora_B", "folded_A", "folded_B")
@@ -75,9 +76,12 @@ class Adapter:
         """The layers that carry folded factors, in order."""
         return sorted({name.rpartition(".")[0] for name in self.tensors if ".folded_" in name})
 
-    def trained(self) -> Adapter:
-        """What a site trains and sends up: no folded factor, and no A where the preset keeps it fixed."""
-        left = (".folded_A", ".folded_B") if sends_a(self.preset) else (".folded_A", ".folded_B", ".lora_A")
+    def trained(self, halves: Halves = BOTH) -> Adapter:
+        """What a site trains and sends up: no folded factor, and no A where the preset keeps it fixed.
+
+        ``halves``: of the factors, those whose turn it is (`common.tuning.halves`).
+        """
+        left = (".folded_A", ".folded_B", *without(halves if sends_a(self.preset) else halves & B_ALONE))
         return replace(self, tensors={k: v for k, v in self.tensors.items() if not k.endswith(left)})
 
     def step_from(self, start: Adapter) -> Adapter:

@@ -22,6 +22,7 @@ from common.adapter import Adapter
 from common.recipe import GeneratorConfig
 from common.seeding import derive_seed
 from common.style import STYLE_BOUNDS, STYLE_FIELDS
+from common.tuning.halves import BOTH, Halves
 from common.tuning.presets import GENERATOR
 from common.tuning.slots import AdapterSlots, SlotPlan
 
@@ -125,9 +126,9 @@ class ResidentGenerator:
         generators_built += 1
 
     @contextmanager
-    def visit(self, adapter: Adapter, train: bool = False) -> Iterator[StyleDiffusion]:
+    def visit(self, adapter: Adapter, train: bool = False, halves: Halves = BOTH) -> Iterator[StyleDiffusion]:
         """The generator with ``adapter`` written into it; nothing of another adapter is left."""
-        with self.slots.visit(adapter, train):
+        with self.slots.visit(adapter, train, halves):
             yield self.network
 
 

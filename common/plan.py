@@ -60,11 +60,19 @@ class PayloadSpec:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way in which a site may train the teacher: a preset at a rank, and exactly what then goes up."""
+    """One way in which a site may train the teacher: a preset at a rank, and exactly what then goes up.
+
+    Attributes:
+        payloads: of the rounds in turn: one where every round sends the same, two where a rule alternates.
+    """
 
     preset: str
     rank: int
-    payload: PayloadSpec
+    payloads: list[PayloadSpec]
+
+    def payload(self, round_index: int) -> PayloadSpec:
+        """What goes up in round ``round_index`` (0-based)."""
+        return self.payloads[round_index % len(self.payloads)]
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,8 @@ class RunPlan:
         models: base model name -> SHA-256 of its weights.
         stages: in their order.
         data: how images are read; ``root`` is None, for where files lie is the site's own business.
-        payloads: what may leave a site, one entry a stage that sends anything; of stage adapt see
-            ``variants``.
+        payloads: what may leave a site, one entry a stage that sends anything (of rounds that send
+            different things in turn, one each); of stage adapt see ``variants``.
         variants: the adapters that sites may train in stage adapt, the recipe's own first. A site trains
             one of them.
         baselines: models that each site trains beside its student, for comparison.
@@ -107,11 +115,12 @@ class RunPlan:
     def digest(self) -> str:
         return sha256_of(asdict(self))
 
-    def payload(self, stage: Stage) -> PayloadSpec | None:
-        """What may leave a site in ``stage``; of stage adapt, by the recipe's own variant."""
+    def payload(self, stage: Stage, round_index: int = 0) -> PayloadSpec | None:
+        """What may leave a site in a round of ``stage``; of stage adapt, by the recipe's own variant."""
         if stage is Stage.adapt:
-            return self.variants[0].payload
-        return next((payload for payload in self.payloads if payload.stage == stage), None)
+            return self.variants[0].payload(round_index)
+        listed = [payload for payload in self.payloads if payload.stage == stage]
+        return listed[round_index % len(listed)] if listed else None
 
     def variant(self, preset: str, rank: int) -> Variant | None:
         """The variant of that name and rank, if a site may train it."""

@@ -77,7 +77,7 @@ def norm(adapter: Adapter) -> float:
 
 def in_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     """``tensor`` in flat parts, so that looking at it costs the memory of one of them."""
-    return tensor.flatten().split(PART)
+    return torch.split(tensor.flatten(), PART)
 
 
 def sendable(tensor: Tensor, dtype: WireDtype) -> Tensor:
@@ -124,7 +124,7 @@ def _scales(adapter: Adapter) -> dict[str, Tensor]:
 
 def _norm_of_int8(values: Tensor, scale: Tensor) -> float:
     """The squared norm."""
-    parts = zip(in_parts(values), scale.double().split(PART // BLOCK), strict=True)
+    parts = zip(in_parts(values), torch.split(scale.double(), PART // BLOCK), strict=True)
     return sum(float(_blocks(part.double()).square().sum(1) @ by.square()) for part, by in parts)
 
 

@@ -37,12 +37,20 @@ AGGREGATION_RULES = (
     "flora",
     "flexlora",
     "hetlora",
+    "rolora",
+    "dual",
 )
 # What a rule takes, by its name: several ranks; of those, also other layers at each site; only presets that
-# train the factor B alone. A rule in none of these wants one preset and rank for all sites.
-MIXED_RANK_RULES = ("exact_split", "flora", "flexlora", "hetlora")
-MIXED_PRESET_RULES = ("exact_split", "flora")
+# train the factor B alone; only presets that train both, which then take turns. A rule that is in neither of
+# the first two wants one preset and rank for all sites.
+MIXED_RANK_RULES = ("exact_split", "flora", "flexlora", "hetlora", "dual")
+MIXED_PRESET_RULES = ("exact_split", "flora", "dual")
 FIXED_A_RULES = ("ffa", "fedsvd")
+ALTERNATING_RULES = ("rolora",)
+# Rules that hold as many components as `AggregationConfig.max_rank`, the trainable ones among them.
+SPLIT_RULES = ("exact_split", "dual")
+# Rules under which each site trains an adapter of its own after the last round, which stays at home.
+PERSONAL_RULES = ("dual",)
 PRETRAINED_HEADS = ("vessel", "blob", "region", "bright", "dark")
 BASELINES = (
     "local_only",
@@ -207,6 +215,7 @@ class AggregationConfig:
     energy: float = 0.999  # share of the update's squared Frobenius norm that goes down to the sites
     max_rank: int = 64  # cap on the rank that goes down
     wire_dtype: WireDtype = WireDtype.bfloat16  # of adapters and updates on their way (common/precision.py)
+    personal_steps: int | None = None  # rule dual: of a site's personal adapter; None: one round's
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,11 @@ RANGES: dict[type, dict[str, Range]] = {
         "learning_rate": POSITIVE,
         "cached_views": NOT_NEGATIVE,
     },
-    schema.AggregationConfig: {"energy": Range(0, 1, open_low=True), "max_rank": COUNT},
+    schema.AggregationConfig: {
+        "energy": Range(0, 1, open_low=True),
+        "max_rank": COUNT,
+        "personal_steps": COUNT,
+    },
     schema.GeneratorConfig: {
         "images": COUNT,
         "sampler_steps": Range(1, 20),

@@ -26,6 +26,7 @@ from common.errors import ArtefactError, ConfigError
 from common.plan import RunPlan, rebuild
 from common.recipe import DataConfig, DecoderTraining, TeacherConfig
 from common.seeding import derive_seed
+from common.tuning.halves import BOTH, Halves
 from common.tuning.placement import needs_split, place
 from common.tuning.presets import PRESETS, rank_of, sends_a, settings_faults
 from common.tuning.slots import AdapterSlots, SlotPlan, sharing_copy
@@ -129,9 +130,9 @@ class ResidentTeacher:
         teachers_built += 1
 
     @contextmanager
-    def visit(self, adapter: Adapter, train: bool = False) -> Iterator[Teacher]:
-        """The teacher with ``adapter`` written into it; what a site trains takes gradients if ``train``."""
-        with self.slots.visit(adapter, train):
+    def visit(self, adapter: Adapter, train: bool = False, halves: Halves = BOTH) -> Iterator[Teacher]:
+        """The teacher with ``adapter`` written into it; if ``train``, what a site trains takes gradients."""
+        with self.slots.visit(adapter, train, halves):
             yield self.network
 
 

@@ -201,11 +201,11 @@ class Walk:
         if not self.outcome.has(stage, index):
             self._keep(self.outcome.with_round(self.training[stage].run(index)))
 
-    def _payload(self, stage: Stage, site: str, index: int) -> PayloadSpec:
-        """What the plan lets ``site`` send up in ``stage``."""
+    def _payload(self, stage: Stage, index: int, site: str) -> PayloadSpec:
+        """What the plan lets ``site`` send up in a round of ``stage``."""
         agreed = self.outcome.adapters[site]
-        variant = self.plan.variant(agreed.preset, agreed.rank)
-        payload = variant.payload if variant and stage is Stage.adapt else self.plan.payload(stage)
+        variant = self.plan.variant(agreed.preset, agreed.rank) if stage is Stage.adapt else None
+        payload = variant.payload(index) if variant else self.plan.payload(stage, index)
         assert payload is not None, "the roll call admits only variants of the plan"
         return payload
 

@@ -20,8 +20,9 @@ from common.adapter import Adapter
 from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
 from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant
 from common.precision import pack
-from common.recipe import GeneratorScope, Recipe, TeacherConfig, WireDtype
+from common.recipe import AggregationConfig, GeneratorScope, Recipe, TeacherConfig
 from common.style import StyleSummary
+from common.tuning.halves import turns
 from common.tuning.presets import rank_of, site_teacher
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -94,8 +95,7 @@ def model_digests(recipe: Recipe) -> dict[str, str]:
 
 def build_plan(recipe: Recipe, run_id: str) -> RunPlan:
     """The whole job as one object with one digest. Raises ``ArtefactError`` for models that are not there."""
-    first = first_adapters(recipe)
-    stages, wire = run_stages(recipe), recipe.aggregation.wire_dtype
+    first, stages, aggregation = first_adapters(recipe), run_stages(recipe), recipe.aggregation
     return RunPlan(
         run_id=run_id,
         seed=recipe.run.seed,
@@ -103,8 +103,8 @@ def build_plan(recipe: Recipe, run_id: str) -> RunPlan:
         code_sha256=code_sha256(),
         models=model_digests(recipe),
         stages=stages,
-        payloads=[_payload(stage, first, wire) for stage in stages if stage is not Stage.adapt],
-        variants=[Variant(a.preset, a.rank, _update_payload(Stage.adapt, a, wire)) for a in first.teachers],
+        payloads=[spec for s in stages if s is not Stage.adapt for spec in _payloads(s, first, aggregation)],
+        variants=[Variant(a.preset, a.rank, _in_turn(Stage.adapt, a, aggregation)) for a in first.teachers],
         data=replace(recipe.data, root=None),
         teacher=recipe.teacher,
         aggregation=recipe.aggregation,
@@ -137,16 +137,24 @@ def code_sha256(project: Path = PROJECT) -> str:
     return digest.hexdigest()
 
 
-def _payload(stage: Stage, first: FirstAdapters, wire: WireDtype) -> PayloadSpec:
+def _payloads(stage: Stage, first: FirstAdapters, aggregation: AggregationConfig) -> list[PayloadSpec]:
     if stage in TABLES:
         name, kind, max_bytes = TABLES[stage]
-        return PayloadSpec(stage, [], sorted(set(_paths(kind, name))), max_bytes)
+        return [PayloadSpec(stage, [], sorted(set(_paths(kind, name))), max_bytes)]
     assert first.generator is not None, "only the federated scope has a generator stage"
-    return _update_payload(stage, first.generator, wire)
+    return _in_turn(stage, first.generator, aggregation)
 
 
-def _update_payload(stage: Stage, adapter: Adapter, wire: WireDtype) -> PayloadSpec:
-    tensors = pack(adapter.trained(), wire).tensors
+def _in_turn(stage: Stage, adapter: Adapter, aggregation: AggregationConfig) -> list[PayloadSpec]:
+    """What the rounds of training send: one entry, or one for each turn of an alternating rule."""
+    return [
+        _update_payload(stage, pack(adapter.trained(halves), aggregation.wire_dtype))
+        for halves in turns(adapter.preset, aggregation.rule)
+    ]
+
+
+def _update_payload(stage: Stage, packed: Adapter) -> PayloadSpec:
+    tensors = packed.tensors
     specs = [
         TensorSpec(name, list(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch."))
         for name in sorted(tensors)

@@ -67,7 +67,8 @@ class Rounds:
         return Round(self.plan.digest, stage, index, self.config.site_deadline_s, nonce, notice)
 
     def errand(self, stage: Stage, index: int, write: Write, take: Take) -> Errand:
-        variants = [variant.payload for variant in self.plan.variants] if stage is Stage.adapt else []
+        adapters = self.plan.variants if stage is Stage.adapt else []
+        variants = [payload for one in adapters for payload in one.payloads]
         payloads = [*variants, *(one for one in self.plan.payloads if one.stage is stage)]
         most = max(payload.max_bytes for payload in payloads) + FRAME_BYTES
         return Errand(stage, index, self.config.site_deadline_s, write, take, most)

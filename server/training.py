@@ -34,7 +34,7 @@ class Training:
     Attributes:
         max_weight: cap on the declared patient count.
         inbox: folder for the answers of the round.
-        payload: site, round -> what the plan lets the site send up.
+        payload: round, site -> what the plan lets the site send up.
         seen_nonces: of the answers admitted so far in this run, of all stages.
     """
 
@@ -43,7 +43,7 @@ class Training:
     rounds: Rounds
     max_weight: float
     inbox: Path
-    payload: Callable[[str, int], PayloadSpec]
+    payload: Callable[[int, str], PayloadSpec]
     seen_nonces: set[str] = field(default_factory=set)
 
     @property
@@ -68,7 +68,7 @@ class Training:
         def take(site: str, content: wire.Content) -> None:
             nonce, update = wire.decode_update(content)
             self.rounds.live.watch(update)
-            admit(update, nonce, sent[site], self.payload(site, index), self.max_weight, self.seen_nonces)
+            admit(update, nonce, sent[site], self.payload(index, site), self.max_weight, self.seen_nonces)
             answers.add(site, replace(update, adapter=unpack(update.adapter)))
             losses[site] = [loss for loss in update.losses if loss == loss]  # NaN: not measured
 

@@ -16,7 +16,7 @@ from server.report.schema import BenefitCell, RunReport
 
 ORDER = (
     "local_only_scratch", "local_only", "no_federation", "no_synthetic", "no_distillation", "student",
-    "local_teacher", "teacher",
+    "local_teacher", "teacher", "personal_teacher",
 )  # fmt: skip
 CREDITS = (
     ("phantom initialisation", "local_only", "local_only_scratch"),
@@ -25,6 +25,8 @@ CREDITS = (
     ("distillation", "student", "no_distillation"),
     ("all of it over local training", "student", "local_only"),
     ("federated over single-site teachers", "teacher", "local_teacher"),
+    ("personal part over the federated teacher", "personal_teacher", "teacher"),
+    ("personal over single-site teachers", "personal_teacher", "local_teacher"),
 )  # fmt: skip
 
 

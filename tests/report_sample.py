@@ -37,6 +37,7 @@ DICE_ALL = {  # own column: the same plus OWN_BONUS
     "local_only": (0.742, 0.761, 0.688),
     "local_teacher": (0.779, 0.772, 0.741),
     "teacher": (0.868, 0.868, 0.868),
+    "personal_teacher": (0.851, 0.846, 0.839),
     "student": (0.836, 0.841, 0.829),
 }
 OWN_BONUS = {
@@ -44,6 +45,7 @@ OWN_BONUS = {
     "local_only": (0.104, 0.071, 0.125),
     "local_teacher": (0.085, 0.08, 0.093),
     "teacher": (0.011, -0.012, 0.006),
+    "personal_teacher": (0.052, 0.031, 0.044),
     "student": (0.021, -0.019, 0.033),
 }
 HALF_WIDTH = {"all": 0.0235, "own": 0.041}

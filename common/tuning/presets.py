@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from common.recipe import (
+    ALTERNATING_RULES,
     FIXED_A_RULES,
     MIXED_PRESET_RULES,
     MIXED_RANK_RULES,
@@ -94,12 +95,15 @@ def settings_faults(teacher: TeacherConfig) -> list[str]:
     return faults
 
 
-def fixed_a_fault(preset: str, rule: str) -> str:
+def halves_fault(preset: str, rule: str) -> str:
     """Why ``rule`` cannot average the factors that ``preset`` trains; empty: it can."""
-    if rule not in FIXED_A_RULES or not sends_a(preset):
-        return ""
-    fitting = ", ".join(name for name, one in PRESETS.items() if not one.train_a)
-    return f"{preset}, which trains the factor A too; rule {rule} averages B alone (preset {fitting})"
+    both = sends_a(preset)
+    fitting = ", ".join(n for n, one in PRESETS.items() if one.kind is Kind.lora and one.train_a != both)
+    if rule in FIXED_A_RULES and both:
+        return f"{preset}, which trains the factor A too; rule {rule} averages B alone (preset {fitting})"
+    if rule in ALTERNATING_RULES and not both:
+        return f"{preset}, which keeps the factor A fixed; rule {rule} trains it in turns (preset {fitting})"
+    return ""
 
 
 def mix_faults(first: tuple[str, int], others: Mapping[str, tuple[str, int]], rule: str) -> dict[str, str]:

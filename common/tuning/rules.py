@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from common.recipe import GeneratorScope, Recipe, TeacherConfig
+from common.recipe import SPLIT_RULES, GeneratorScope, Recipe, TeacherConfig
 from common.schema_check import Fault
 from common.tuning.presets import (
     GENERATOR,
     PRESETS,
-    fixed_a_fault,
+    halves_fault,
     mix_faults,
     rank_of,
     settings_faults,
@@ -30,7 +30,7 @@ def adapter_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault(f"{key}.adapter", fault, "train the decoder, leave rank empty, or take another adapter")
     if not alone:
         yield from _mixture_faults(recipe, settings)
-        yield from _fixed_a_faults(recipe, settings)
+        yield from _halves_faults(recipe, settings)
 
 
 def _by_key(recipe: Recipe) -> dict[str, TeacherConfig]:
@@ -50,17 +50,17 @@ def _mixture_faults(recipe: Recipe, settings: dict[str, TeacherConfig]) -> Itera
     for key, what in mix_faults(chosen["teacher"], chosen, rule.rule).items():
         yield Fault(f"{key}.adapter", f"site {names[key]}: {what}", "give all sites the same, or what fits")
     highest = max(rank for _, rank in chosen.values())
-    if rule.rule == "exact_split" and highest > rule.max_rank:
+    if rule.rule in SPLIT_RULES and highest > rule.max_rank:
         what = f"{rule.max_rank} is below the highest rank that a site trains ({highest})"
         yield Fault("aggregation.max_rank", what, f"raise it to {highest} at least")
 
 
-def _fixed_a_faults(recipe: Recipe, settings: dict[str, TeacherConfig]) -> Iterator[Fault]:
-    """Adapters that train A, under a rule that averages B alone."""
+def _halves_faults(recipe: Recipe, settings: dict[str, TeacherConfig]) -> Iterator[Fault]:
+    """Adapters that train A under a rule that averages B alone, or keep it fixed under one that trains it."""
     rule = recipe.aggregation.rule
-    fix = "take a preset that trains B alone, or another rule"
+    fix = "take a preset that it names, or another rule"
     for key, one in settings.items():
-        if rank_of(one) > 0 and (what := fixed_a_fault(one.adapter, rule)):
+        if rank_of(one) > 0 and (what := halves_fault(one.adapter, rule)):
             yield Fault(f"{key}.adapter", what, fix)
-    if recipe.generator.scope is GeneratorScope.federated and (what := fixed_a_fault(GENERATOR, rule)):
+    if recipe.generator.scope is GeneratorScope.federated and (what := halves_fault(GENERATOR, rule)):
         yield Fault("generator.scope", f"federated sends preset {what}", "take another scope or rule")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from common.adapter import Adapter
 from common.errors import ArtefactError
 from common.seeding import derive_seed
+from common.tuning.halves import B_ALONE, BOTH, Halves, without
 
 SLOT = "default"
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -86,12 +87,10 @@ class AdapterSlots:
             found[f"{name}.lora_B"] = layer.lora_B[SLOT].weight
         return {**found, **self._dense}
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Of `tensors`, those that a site trains."""
-        keeps_a = self.plan.train_a
-        return {
-            name: live for name, live in self.tensors().items() if keeps_a or not name.endswith(".lora_A")
-        }
+    def trainable(self, halves: Halves = BOTH) -> dict[str, nn.Parameter]:
+        """Of `tensors`, those that a site trains; of the factors only ``halves``."""
+        left = without(halves if self.plan.train_a else halves & B_ALONE)
+        return {name: live for name, live in self.tensors().items() if not name.endswith(left)}
 
     def initial(self, seed: int) -> Adapter:
         """The adapter to start a run from: A uniform as LoRA's authors have it, B zero, dense as shipped.
@@ -134,10 +133,10 @@ class AdapterSlots:
             parameter.copy_(adapter.tensors[name].view_as(parameter))
 
     @contextmanager
-    def visit(self, adapter: Adapter, train: bool) -> Iterator[None]:
-        """Write ``adapter``; what a site trains takes gradients inside if ``train``, and never outside."""
+    def visit(self, adapter: Adapter, train: bool, halves: Halves = BOTH) -> Iterator[None]:
+        """Write ``adapter``; ``trainable(halves)`` takes gradients inside if ``train``, and never outside."""
         self.write(adapter)
-        for parameter in self.trainable().values():
+        for parameter in self.trainable(halves).values():
             parameter.requires_grad_(train)
         try:
             yield

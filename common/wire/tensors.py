@@ -138,7 +138,9 @@ def _check_array(array: Array, dtype: str, elements: int) -> None:
         raise ArtefactError("an adapter's array has another length than its layout says")
 
 
-def _unflatten(chunks: Iterator[bytes], dtype: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _unflatten(
+    chunks: Iterator[bytes], dtype: str, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
     """Views into one fresh tensor; nothing aliases the message."""
     torch_type, _, numpy_name = DTYPES[dtype]
     sizes = [math.prod(shape) for shape in shapes.values()]

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from common.errors import ConfigError
 from common.recipe import AggregationConfig
 from server.aggregation.base import AggregationRule
+from server.aggregation.dual import Dual
 from server.aggregation.exact_split import ExactSplit
 from server.aggregation.fedex import FedEx
 from server.aggregation.fedit import FedIT
@@ -16,6 +17,7 @@ from server.aggregation.flexlora import FlexLora
 from server.aggregation.flora import Flora
 from server.aggregation.hetlora import HetLora
 from server.aggregation.lora_fair import LoraFair
+from server.aggregation.rolora import RoLora
 from server.aggregation.shares import Share
 
 RULES: dict[str, type[AggregationRule]] = {
@@ -28,6 +30,8 @@ RULES: dict[str, type[AggregationRule]] = {
     "flora": Flora,
     "flexlora": FlexLora,
     "hetlora": HetLora,
+    "rolora": RoLora,
+    "dual": Dual,
 }
 
 

@@ -30,6 +30,7 @@ from common.canonical import canonical_json
 from common.errors import ArtefactError, ConfigError, FederationError
 from common.precision import sendable
 from common.recipe import AggregationConfig
+from common.tuning.halves import B_ALONE, BOTH, Half, Halves
 from server.aggregation.shares import Share, share_faults
 
 
@@ -119,11 +120,13 @@ class AggregationRule(ABC):
         for name, total in self._dense_sums.items():
             total.add_(tensors[name].to(torch.float64), alpha=weight)
         share = self.share_of(site)
+        halves = self._halves(share)
         for layer in share.layers:
-            # Where A is fixed, the site has the one that it was sent.
-            a = tensors[f"{layer}.lora_A"] if share.trains_a else self._factors(layer, share)["lora_A"]
-            b = tensors[f"{layer}.lora_B"]
-            self._fold_layer(layer, a.to(torch.float64), b.to(torch.float64), weight)
+            # A factor that does not come back is the one that the site was sent.
+            factors = {} if halves == BOTH else self._factors(layer, share)
+            factors |= {str(half): tensors[f"{layer}.{half}"] for half in halves}
+            a, b = factors["lora_A"].to(torch.float64), factors["lora_B"].to(torch.float64)
+            self._fold_layer(layer, a, b, weight)
         weights[site] = weight
 
     def close_round(self) -> float:
@@ -199,6 +202,10 @@ class AggregationRule(ABC):
         self._restore_layers(layers)
 
     # ---- what a rule says of the factors --------------------------------------------------------
+
+    def _halves(self, share: Share) -> Halves:
+        """The factors that come back from a site of ``share`` in this round."""
+        return BOTH if share.trains_a else B_ALONE
 
     def _check_shares(self, initial: Adapter, shares: Mapping[str, Share]) -> list[str]:
         """Faults, one line a site. What a rule takes, its name says (`share_faults`)."""
@@ -288,9 +295,8 @@ class AggregationRule(ABC):
         wanted = {name: tuple(tensor.shape) for name, tensor in self._dense.items()}
         for layer in share.layers:
             a, b = self._started.tensors[f"{layer}.lora_A"], self._started.tensors[f"{layer}.lora_B"]
-            if share.trains_a:
-                wanted[f"{layer}.lora_A"] = (share.rank, a.shape[1])
-            wanted[f"{layer}.lora_B"] = (b.shape[0], share.rank)
+            shapes = {Half.a: (share.rank, a.shape[1]), Half.b: (b.shape[0], share.rank)}
+            wanted |= {f"{layer}.{half}": shapes[half] for half in self._halves(share)}
         got = {name: tuple(tensor.shape) for name, tensor in update.adapter.tensors.items()}
         faults = [f"{name}: wanted shape {shape}" for name, shape in wanted.items() if got.get(name) != shape]
         if strange := len(got.keys() - wanted.keys()):

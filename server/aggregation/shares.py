@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from common.adapter import Adapter
-from common.recipe import FIXED_A_RULES, MIXED_PRESET_RULES, MIXED_RANK_RULES
-from common.tuning.presets import fixed_a_fault
+from common.recipe import ALTERNATING_RULES, FIXED_A_RULES, MIXED_PRESET_RULES, MIXED_RANK_RULES
+from common.tuning.presets import halves_fault
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ def share_faults(rule: str, initial: Adapter, shares: Mapping[str, Share]) -> li
         faults = [*_ranks_out_of_range(initial, shares), *_other_layers(rule, initial, shares)]
     else:
         faults = [*_ranks_out_of_range(initial, shares), *_layers_that_do_not_fit(initial, shares)]
-    if rule in FIXED_A_RULES:
-        faults += _trained_a(rule, shares)
-    return faults
+    return [*faults, *_other_halves(rule, shares)]
 
 
 def _unlike(rule: str, initial: Adapter, shares: Mapping[str, Share]) -> Iterator[str]:
@@ -87,7 +85,9 @@ def _layers_that_do_not_fit(initial: Adapter, shares: Mapping[str, Share]) -> It
             yield f"site {site!r} trains parts of layers that others train whole: {cut}"
 
 
-def _trained_a(rule: str, shares: Mapping[str, Share]) -> Iterator[str]:
+def _other_halves(rule: str, shares: Mapping[str, Share]) -> Iterator[str]:
+    """Sites that train A where the rule wants it fixed, or keep it fixed where the rule wants it trained."""
+    unfit = {True: FIXED_A_RULES, False: ALTERNATING_RULES}
     for site, share in sorted(shares.items()):
-        if share.layers and share.trains_a:
-            yield f"site {site!r} has {fixed_a_fault(share.preset, rule)}"
+        if share.layers and rule in unfit[share.trains_a]:
+            yield f"site {site!r} has {halves_fault(share.preset, rule)}"

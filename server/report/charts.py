@@ -16,9 +16,12 @@ from markupsafe import Markup, escape
 from server.report.wording import interval, model_name, score, small
 
 WIDTH = 460
-SLOTS = {"student": 0, "local_only": 1, "teacher": 2, "local_only_scratch": 3, "local_teacher": 4}
-COLOURS = 6  # --series-0 .. --series-5 in style.css; the last is for models without a slot
-DASHES = ("none", "7 3", "2 3", "8 3 2 3", "1 2", "12 4")
+SLOTS = {
+    "student": 0, "local_only": 1, "teacher": 2, "local_only_scratch": 3, "local_teacher": 4,
+    "personal_teacher": 5,
+}  # fmt: skip
+COLOURS = 7  # --series-0 .. --series-6 in style.css; the last is for models without a slot
+DASHES = ("none", "7 3", "2 3", "8 3 2 3", "1 2", "12 4", "4 2 4 6")
 
 
 def element(name: str, *children: str | Markup, **attributes: str | float) -> Markup:
@@ -64,7 +67,7 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def marker(shape: int, x: float, y: float) -> Markup:
-    """One of six shapes of about 9 units across, centred."""
+    """One of seven shapes of about 9 units across, centred."""
     corners: dict[int, list[tuple[float, float]]] = {
         1: [(-4, -4), (4, -4), (4, 4), (-4, 4)],
         2: [(0, -5.5), (5.5, 0), (0, 5.5), (-5.5, 0)],
@@ -72,6 +75,7 @@ def marker(shape: int, x: float, y: float) -> Markup:
         4: [(0, 5.2), (5, -4), (-5, -4)],
         5: [(-5, -2), (-2, -2), (-2, -5), (2, -5), (2, -2), (5, -2),
             (5, 2), (2, 2), (2, 5), (-2, 5), (-2, 2), (-5, 2)],
+        6: [(-5, 0), (-2.5, -4.4), (2.5, -4.4), (5, 0), (2.5, 4.4), (-2.5, 4.4)],
     }  # fmt: skip
     if shape not in corners:
         return element("circle", cx=x, cy=y, r=4.6, class_="mark")

@@ -41,8 +41,9 @@ def reading(report: RunReport) -> list[Markup]:
         comparison = compare(report, tested_on)
         if comparison is not None:
             sentences.append(Markup(" ").join([_on_average(comparison), *_site_by_site(comparison)]))
-    if (against := _against_teacher(report)) is not None:
-        sentences.append(against)
+    for sentence in (_against_teacher(report), _personal_at_home(report)):
+        if sentence is not None:
+            sentences.append(sentence)
     withheld = sum(cell.value is None for cell in report.benefit)
     if withheld:
         sentences.append(
@@ -105,19 +106,9 @@ def _pair(pair: Pair) -> Markup:
 
 
 def _against_teacher(report: RunReport) -> Markup | None:
-    """Mean Dice of student and teacher over the rows where both have a value."""
-    matrix = matrix_of(report, "dice", "all")
-    if matrix is None or not {"student", "teacher"} <= set(matrix.models):
+    means = _means_of_two(report, "all", ("student", "teacher"))
+    if means is None:
         return None
-    columns = [matrix.models.index("student"), matrix.models.index("teacher")]
-    pairs: list[tuple[float, float]] = []
-    for row in matrix.rows:
-        student, teacher = (row.cells[column] for column in columns)
-        if student and teacher and student.value is not None and teacher.value is not None:
-            pairs.append((student.value, teacher.value))
-    if not pairs:
-        return None
-    means = fmean(pair[0] for pair in pairs), fmean(pair[1] for pair in pairs)
     return Markup(
         "On the same patients the large shared teacher scored {}, the small students {} (difference {})."
     ).format(
@@ -125,6 +116,34 @@ def _against_teacher(report: RunReport) -> Markup | None:
         derived(score(means[0]), "student: mean over sites"),
         derived(signed(means[0] - means[1]), "mean student minus mean teacher, before rounding"),
     )
+
+
+def _personal_at_home(report: RunReport) -> Markup | None:
+    means = _means_of_two(report, "own", ("personal_teacher", "teacher"))
+    if means is None:
+        return None
+    return Markup(
+        "On each site's own patients the teacher with the site's personal adapter, which stays there, scored"
+        " {}, the shared one {} (difference {})."
+    ).format(
+        derived(score(means[0]), "personal_teacher: mean over sites"),
+        derived(score(means[1]), "teacher: mean over sites"),
+        derived(signed(means[0] - means[1]), "mean personal_teacher minus mean teacher, before rounding"),
+    )
+
+
+def _means_of_two(report: RunReport, tested_on: str, models: tuple[str, str]) -> tuple[float, float] | None:
+    """Mean Dice of two models over the rows where both have a value."""
+    matrix = matrix_of(report, "dice", tested_on)
+    if matrix is None or not set(models) <= set(matrix.models):
+        return None
+    columns = [matrix.models.index(model) for model in models]
+    pairs: list[tuple[float, float]] = []
+    for row in matrix.rows:
+        one, two = (row.cells[column] for column in columns)
+        if one and two and one.value is not None and two.value is not None:
+            pairs.append((one.value, two.value))
+    return (fmean(pair[0] for pair in pairs), fmean(pair[1] for pair in pairs)) if pairs else None
 
 
 def figures(report: RunReport) -> list[Figure]:

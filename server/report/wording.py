@@ -16,6 +16,7 @@ MODELS = {  # in the order of the columns: what a site can do alone, then what t
     "local_only": "Local only",
     "local_teacher": "Local teacher",
     "teacher": "Shared teacher",
+    "personal_teacher": "Personal teacher",
     "no_federation": "Student, no federation",
     "no_synthetic": "Student, no synthetic",
     "no_distillation": "Student, no teacher",

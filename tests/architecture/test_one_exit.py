@@ -51,6 +51,12 @@ def test_only_the_guard_holds_the_exit() -> None:
     assert holders == {"client.guard"}
 
 
+def test_only_the_workshop_handles_personal_adapters() -> None:
+    """The guard, which answers, never has one in its hands."""
+    holders = {name_of(path) for path in modules() if "client.personal" in imports_of(path)}
+    assert holders == {"client.workshop"}
+
+
 def guard_methods() -> dict[str, ast.FunctionDef]:
     body = tree_of(ROOT / "client" / "guard.py").body
     guard = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == "Guard")

@@ -18,6 +18,7 @@ from common.adapter import Adapter, AdapterUpdate
 from common.errors import ArtefactError, ConfigError, FederationError
 from common.precision import pack_down, unpack
 from common.recipe import AggregationConfig, WireDtype
+from common.tuning.halves import BOTH, Halves
 from server.aggregation import Share, build_rule
 from server.aggregation.base import AggregationRule
 from tests.contract.dense_algebra import (
@@ -62,9 +63,18 @@ class AggregationRuleContract:
 
     def updates(self, rule: AggregationRule, seed: int, weights: Sequence[float]) -> dict[str, AdapterUpdate]:
         return {
-            site: train(rule.adapter_for(site), seed * 100 + index, weight)
+            site: self.trained(rule, site, seed * 100 + index, weight)
             for index, (site, weight) in enumerate(zip(self.ranks, weights, strict=True))
         }
+
+    def halves(self, rule: AggregationRule) -> Halves:
+        """The factors that sites train in the round to come, as far as their presets train them."""
+        return BOTH
+
+    def trained(
+        self, rule: AggregationRule, site: str, seed: int, weight: float = 1.0, scale: float = 0.3
+    ) -> AdapterUpdate:
+        return train(rule.adapter_for(site), seed, weight, scale, self.halves(rule))
 
     def test_first_adapter_is_the_initial_one(self) -> None:
         rule = self.started()
@@ -95,7 +105,7 @@ class AggregationRuleContract:
         site = next(iter(self.ranks))
         for seed in range(3):
             sent = rule.adapter_for(site)
-            update = train(sent, seed, weight=7.0)
+            update = self.trained(rule, site, seed, weight=7.0)
             assert play(rule, {site: update}) <= 1e-6
             assert distance(changes(rule.global_adapter()), site_weights(sent, update)) <= 1e-6
             assert torch.allclose(
@@ -109,7 +119,7 @@ class AggregationRuleContract:
         assert len(twins) >= 2
         for seed in range(3):
             sent = rule.adapter_for(twins[0])
-            update = train(sent, seed)
+            update = self.trained(rule, twins[0], seed)
             assert play(rule, dict.fromkeys(twins, update)) <= 1e-6
             assert distance(changes(rule.global_adapter()), site_weights(sent, update)) <= 1e-6
 
@@ -181,7 +191,7 @@ class AggregationRuleContract:
     def test_nothing_trained_is_no_change_and_no_residual(self) -> None:
         rule = self.started()
         before = rule.global_adapter()
-        updates = {site: train(rule.adapter_for(site), 0, scale=0.0) for site in self.ranks}
+        updates = {site: self.trained(rule, site, 0, scale=0.0) for site in self.ranks}
         assert play(rule, updates) == 0.0
         assert distance(changes(rule.global_adapter()), changes(before)) == 0.0
 
@@ -238,7 +248,7 @@ class AggregationRuleContract:
         rule = self.started()
         rule.open_round()
         for index, site in enumerate(self.ranks):
-            update = train(rule.adapter_for(site), index)
+            update = self.trained(rule, site, index)
             watched = [
                 weakref.ref(update),
                 *(weakref.ref(tensor) for tensor in update.adapter.tensors.values()),
@@ -284,7 +294,7 @@ class AggregationRuleContract:
         play(rule, self.updates(rule, 1, [1.0] * len(self.ranks)))
         before, digest = rule.state(), rule.global_adapter().digest
         rule.open_round()
-        rule.fold("a", train(rule.adapter_for("a"), 5))
+        rule.fold("a", self.trained(rule, "a", 5))
         during = rule.state()
         assert before.keys() == during.keys()
         assert all(torch.equal(before[name], during[name]) for name in before)
@@ -293,7 +303,7 @@ class AggregationRuleContract:
     def test_reopening_a_round_drops_what_was_folded(self) -> None:
         rule, clean = self.started(), self.started()
         rule.open_round()
-        rule.fold("a", train(rule.adapter_for("a"), 99, weight=50.0))
+        rule.fold("a", self.trained(rule, "a", 99, weight=50.0))
         for each in (rule, clean):
             play(each, self.updates(each, 1, [1.0] * len(self.ranks)))
         assert rule.global_adapter().digest == clean.global_adapter().digest

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.adapter import Adapter, AdapterUpdate
 from common.recipe import WireDtype
+from common.tuning.halves import BOTH, Halves
 from server.aggregation import Share
 from server.aggregation.base import AggregationRule
 
@@ -60,12 +61,14 @@ def shares_of(
     return {site: Share("base", rank, (layers or {}).get(site, every)) for site, rank in ranks.items()}
 
 
-def train(adapter: Adapter, seed: int, weight: float = 1.0, scale: float = 0.3) -> AdapterUpdate:
-    """What a site sends back: everything it was sent as trainable, moved at random."""
+def train(
+    adapter: Adapter, seed: int, weight: float = 1.0, scale: float = 0.3, halves: Halves = BOTH
+) -> AdapterUpdate:
+    """What a site sends back: everything it was sent as trainable in this round, moved at random."""
     generator = torch.Generator().manual_seed(seed)
     moved = {
         name: tensor + scale * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in sorted(adapter.trained().tensors.items())
+        for name, tensor in sorted(adapter.trained(halves).tensors.items())
     }
     return AdapterUpdate(replace(adapter, tensors=moved), weight, adapter.digest)
 

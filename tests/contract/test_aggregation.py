@@ -172,6 +172,33 @@ class TestExactSplitMixedPresets(ExactRuleContract):
         assert "encoder.9.qkv" in caught.value.faults[0]
 
 
+class TestDual(ExactRuleContract):
+    """On the server nothing but exact_split: any ranks and presets."""
+
+    rule: ClassVar[str] = "dual"
+    ranks: ClassVar[dict[str, int]] = {"a": 2, "b": 4, "c": 8, "d": 2}
+    layers: ClassVar[dict[str, tuple[str, ...]]] = {"a": ("encoder.0.qkv",), "d": ("encoder.0.qkv",)}
+    fixed_a: ClassVar[tuple[str, ...]] = ("b",)
+
+    def test_what_goes_down_is_exact_splits_to_the_bit(self) -> None:
+        ours, theirs = (build_rule(AggregationConfig(name, energy=0.9)) for name in ("dual", "exact_split"))
+        for rule in (ours, theirs):
+            rule.start(initial_adapter(8), self.shares())
+        for seed in range(3):
+            updates = self.updates(ours, seed, [1.0, 5.0, 2.0, 3.0])
+            assert play(ours, updates) == play(theirs, updates)
+            for site in self.ranks:
+                assert ours.adapter_for(site).digest == theirs.adapter_for(site).digest
+            assert ours.global_adapter().digest == theirs.global_adapter().digest
+
+    def test_a_state_of_exact_split_is_another_rules(self) -> None:
+        """A run is resumed with the rule that began it: what its sites do afterwards is part of the rule."""
+        theirs = build_rule(AggregationConfig("exact_split"))
+        theirs.start(initial_adapter(8), self.shares())
+        with pytest.raises(ArtefactError, match="set aggregation"):
+            build_rule(AggregationConfig("dual")).restore(theirs.state())
+
+
 class TestFedIT(AggregationRuleContract):
     rule: ClassVar[str] = "fedit"
     ranks: ClassVar[dict[str, int]] = {"a": 4, "b": 4, "c": 4, "d": 4}

@@ -14,13 +14,17 @@ import tests.contract.test_mixed_rank_rules  # noqa: F401 - their classes are co
 from common.errors import ConfigError
 from common.recipe import (
     AGGREGATION_RULES,
+    ALTERNATING_RULES,
     FIXED_A_RULES,
     MIXED_PRESET_RULES,
     MIXED_RANK_RULES,
+    PERSONAL_RULES,
+    SPLIT_RULES,
     AggregationConfig,
 )
 from common.tuning.presets import mix_faults
 from server.aggregation import RULES, Share, build_rule
+from server.aggregation.exact_split import ExactSplit
 from server.aggregation.factor_mean import FactorMeanRule, Means
 from server.aggregation.fedsvd import turned
 from tests.contract.aggregation_rule import AggregationRuleContract
@@ -67,6 +71,9 @@ def test_a_rules_name_is_the_one_it_is_registered_by() -> None:
 def test_what_rules_take_is_said_of_rules_that_exist() -> None:
     assert set(MIXED_PRESET_RULES) <= set(MIXED_RANK_RULES) <= set(AGGREGATION_RULES)
     assert set(FIXED_A_RULES) <= set(AGGREGATION_RULES)
+    assert set(ALTERNATING_RULES) <= set(AGGREGATION_RULES) - set(FIXED_A_RULES)
+    assert set(PERSONAL_RULES) <= set(AGGREGATION_RULES)
+    assert set(SPLIT_RULES) == {name for name, rule in RULES.items() if issubclass(rule, ExactSplit)}
 
 
 EVERY = tuple(sorted(LAYERS))

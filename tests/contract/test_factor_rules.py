@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.adapter import Adapter, AdapterUpdate
-from common.errors import ConfigError
+from common.errors import ArtefactError, ConfigError
 from common.recipe import AggregationConfig, WireDtype
+from common.tuning.halves import A_ALONE, B_ALONE, BOTH, Halves, trained_halves
 from server.aggregation import AggregationRule, Share, build_rule
 from server.aggregation.fedsvd import turned
 from tests.contract.aggregation_rule import AggregationRuleContract, ExactRuleContract
@@ -157,6 +159,81 @@ class TestFedSVD(FixedARuleContract):
         assert torch.allclose(new_b @ new_a, b @ a)
         full = min(rank, width)
         assert torch.allclose(new_a[:full] @ new_a[:full].T, torch.eye(full, dtype=torch.float64))
+
+
+class TestRoLora(ExactRuleContract):
+    rule: ClassVar[str] = "rolora"
+    ranks: ClassVar[dict[str, int]] = EQUAL
+
+    def halves(self, rule: AggregationRule) -> Halves:
+        return trained_halves("base", "rolora", int(rule.state()["layers/rounds"]))
+
+    def test_b_and_a_take_turns_and_the_other_stays_to_the_bit(self) -> None:
+        rule = self.started()
+        for index in range(4):
+            moves, stays = ("lora_B", "lora_A") if index % 2 == 0 else ("lora_A", "lora_B")
+            before = rule.adapter_for("a").tensors
+            updates = self.updates(rule, index, WEIGHTS)
+            play(rule, updates)
+            after = rule.adapter_for("a").tensors
+            for layer in LAYERS:
+                assert torch.equal(after[f"{layer}.{stays}"], before[f"{layer}.{stays}"])
+                name = f"{layer}.{moves}"
+                parts = [(u.weight, {name: u.adapter.tensors[name].double()}) for u in updates.values()]
+                assert distance({name: after[name].double()}, dense_mean(parts)) <= 1e-6
+
+    def test_a_site_sends_the_half_whose_turn_it_is_and_no_other(self) -> None:
+        rule = self.started()
+        for half in ("lora_B", "lora_A", "lora_B"):
+            updates = self.updates(rule, 1, WEIGHTS)
+            for update in updates.values():
+                factors = {name for name in update.adapter.tensors if ".lora_" in name}
+                assert factors == {f"{layer}.{half}" for layer in LAYERS}
+            play(rule, updates)
+
+    @pytest.mark.parametrize("closed", [0, 1, 2])
+    @pytest.mark.parametrize("sent", [A_ALONE, B_ALONE, BOTH])
+    def test_an_update_with_the_wrong_half_is_refused(self, closed: int, sent: Halves) -> None:
+        rule = self.started()
+        for seed in range(closed):
+            play(rule, self.updates(rule, seed, WEIGHTS))
+        rule.open_round()
+        update = train(rule.adapter_for("a"), 5, halves=sent)
+        if sent == self.halves(rule):
+            rule.fold("a", update)
+            return
+        with pytest.raises(ArtefactError, match="does not fit what it was sent"):
+            rule.fold("a", update)
+
+    def test_a_preset_that_keeps_a_fixed_is_refused_by_name(self) -> None:
+        rule = build_rule(AggregationConfig(rule=self.rule))
+        fixed = replace(self.shares()["b"], preset="dp", trains_a=False)
+        with pytest.raises(ConfigError, match=self.rule) as caught:
+            rule.start(initial_adapter(4), {**self.shares(), "b": fixed})
+        (fault,) = caught.value.faults
+        assert fault.startswith("site 'b' has dp, which keeps the factor A fixed")
+        assert "preset lite, base" in fault
+
+    def test_noise_on_the_half_of_a_round_reaches_the_result_linearly(self) -> None:
+        """Twice the noise moves the global change twice as far, in a round of B and in one of A."""
+        for closed in (2, 3):
+            clean, once, twice = (self.after_noise(closed, strength) for strength in (0.0, 1.0, 2.0))
+            moved = {layer: twice[layer] - clean[layer] for layer in LAYERS}
+            assert distance(moved, {layer: 2 * (once[layer] - clean[layer]) for layer in LAYERS}) <= 1e-5
+
+    def after_noise(self, closed: int, strength: float) -> dict[str, Tensor]:
+        """The global change after ``closed`` rounds and one more whose factors came with noise."""
+        rule = self.started()
+        for seed in range(closed):
+            play(rule, self.updates(rule, seed, WEIGHTS))
+        updates = self.updates(rule, 9, WEIGHTS)
+        generator = torch.Generator().manual_seed(3)
+        for update in updates.values():
+            for name, part in sorted(update.adapter.tensors.items()):
+                if ".lora_" in name:
+                    part.add_(strength * torch.randn(part.shape, generator=generator))
+        play(rule, updates)
+        return changes(rule.global_adapter())
 
 
 class TestFedEx(ExactRuleContract):

@@ -87,7 +87,7 @@ def test_each_site_sends_its_own_variant_to_the_byte(mixed: MixedRun) -> None:
     for site, (preset, rank) in TRAINS.items():
         variant = plan.variant(preset, rank)
         assert variant is not None
-        sizes = [torch.Size(tensor.shape).numel() * 2 for tensor in variant.payload.tensors]
+        sizes = [torch.Size(tensor.shape).numel() * 2 for tensor in variant.payload(0).tensors]
         sent = [line for line in walks.receipts_of(mixed.run, site) if line["name"] == "adapt.adapter"]
         assert [line["bytes"] for line in sent] == [sum(sizes)] * plan.rounds
         assert Site.open(mixed.run / "sites" / site).variant(plan) == variant

@@ -26,6 +26,7 @@ from common.precision import pack, unpack
 from common.recipe import GeneratorScope, Recipe
 from common.seeding import derive_seed
 from common.style import STYLE_BOUNDS, StyleGroup, StyleSummary
+from common.tuning.halves import trained_halves
 from common.tuning.presets import GENERATOR
 from server.planning import FirstAdapters
 
@@ -126,9 +127,10 @@ class FakeGuard:
         wrong = self._wrong(order)
         generator = torch.Generator().manual_seed(derive_seed(3, self.site, order.stage, order.index))
         sent = unpack(adapter)
+        halves = trained_halves(sent.preset, self._plan().aggregation.rule, order.index)
         steps = {
             name: 0.1 * (torch.randn(tensor.shape, generator=generator) - tensor)
-            for name, tensor in sorted(sent.trained().tensors.items())
+            for name, tensor in sorted(sent.trained(halves).tensors.items())
         }
         step = pack(replace(sent, tensors=steps), self._plan().aggregation.wire_dtype)
         weight = 4.0 + ord(self.site[-1]) % 7
@@ -168,9 +170,18 @@ def head(value: float) -> torch.Tensor:
     return torch.full((3, 4), value, dtype=WIRE)
 
 
+def _other_half(update: AdapterUpdate) -> AdapterUpdate:
+    """Its factors are of the half whose turn it is not: A in the shape of its layer, for a B that was due."""
+    kept = {name: t for name, t in update.adapter.tensors.items() if not name.endswith(".lora_B")}
+    layers = [name for name in update.adapter.tensors if name.endswith(".lora_B")]
+    other = {name.replace("lora_B", "lora_A"): torch.zeros(2, 8, dtype=WIRE) for name in layers}
+    return replace(update, adapter=replace(update.adapter, tensors={**kept, **other}))
+
+
 TAMPER: dict[str, Callable[[AdapterUpdate], AdapterUpdate]] = {
     "nan": lambda update: _with(update, decoder__head__weight=head(float("nan"))),
     "extra": lambda update: _with(update, patient_0017=torch.ones(2, dtype=WIRE)),
+    "half": _other_half,
     "shape": lambda update: _with(update, decoder__head__weight=head(1.0).T),
     "base": lambda update: replace(update, adapter=replace(update.adapter, base_sha256="cd" * 32)),
     "preset": lambda update: replace(update, adapter=replace(update.adapter, preset="lite")),

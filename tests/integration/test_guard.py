@@ -116,13 +116,29 @@ def test_a_site_trains_and_sends_its_own_variant_and_no_other(home: Path, smoke_
     update = guard.adapt(order(plan, Stage.adapt), start)
     listed = plan.variant("dp", 2)
     assert listed is not None
-    assert set(update.adapter.tensors) == {tensor.name for tensor in listed.payload.tensors}
+    assert set(update.adapter.tensors) == {tensor.name for tensor in listed.payload(0).tensors}
     assert not any(name.endswith("lora_A") for name in update.adapter.tensors)
     before = receipts(home)
     for other in (initial_adapter(plan.teacher, plan.data, 0), replace(start, rank=3)):
         with pytest.raises(ArtefactError, match="another one"):
             guard.adapt(order(plan, Stage.adapt), other)
     assert receipts(home) == before
+
+
+def test_under_an_alternating_rule_a_round_sends_its_half_alone(home: Path, smoke_recipe: Recipe) -> None:
+    """By name and by byte: B in round 0, A in round 1; the other half never leaves in that round."""
+    rule = replace(smoke_recipe.aggregation, rule="rolora")
+    plan = build_plan(replace(smoke_recipe, aggregation=rule), "turns")
+    guard = guard_of(home)
+    guard.propose(plan, order(plan, Stage.propose))
+    start = initial_adapter(plan.teacher, plan.data, 0)
+    dense = {name for name in start.tensors if ".lora_" not in name}
+    for index, half in enumerate(["lora_B", "lora_A"]):
+        update = guard.adapt(replace(order(plan, Stage.adapt), index=index), start)
+        sent = dense | {f"{layer}.{half}" for layer in start.layers()}
+        assert set(update.adapter.tensors) == sent
+        receipt = next(line for line in reversed(receipts(home)) if line["name"] == "adapt.adapter")
+        assert receipt["bytes"] == sum(tensor.nbytes for tensor in update.adapter.tensors.values())
 
 
 def test_a_changed_base_model_is_refused(home: Path, smoke_plan: RunPlan) -> None:

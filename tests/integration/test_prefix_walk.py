@@ -8,11 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import client.prefix_cache as prefix_cache
+from client.adaptation import adapt
+from client.deadline import Deadline
 from client.guard import Guard
 from client.site import Site
+from client.workshop import round_visit
 from common.adapter import Adapter
 from common.backbones.base import Backbone
 from common.config import save_site
@@ -81,6 +85,25 @@ def test_the_second_round_runs_no_prefix_block(plan: RunPlan, home: Path, guard:
     learning = plan.teacher.steps * (depth - cut)
     assert counts == [VIEWS * cut + learning, learning, learning]
     assert len(list((home / "cache").iterdir())) == 1
+
+
+def test_the_prefix_is_right_in_rounds_of_b_and_of_a(plan: RunPlan, guard: Guard, home: Path) -> None:
+    """Under an alternating rule the same blocks stay frozen in every round, and only one half moves."""
+    plan = replace(plan, aggregation=replace(plan.aggregation, rule="rolora"))
+    teacher, site = resident_teacher(plan.teacher, plan.data), guard.site
+    train = [patient for patient in site.patients(plan.data, plan.seed) if patient.labelled]
+    adapter, keys = start(plan), set()
+    for index, half in enumerate(["lora_B", "lora_A", "lora_B"]):
+        visit = round_visit(site, plan, Stage.adapt, index)
+        trained = adapt(teacher, adapter, train, plan, visit, Deadline(300.0))
+        anew = adapt(teacher, adapter, train, plan, visit._replace(folder=None), Deadline(300.0))
+        assert trained.adapter.digest == anew.adapter.digest
+        moved = {n for n, t in trained.adapter.tensors.items() if not torch.equal(t, adapter.tensors[n])}
+        assert {name for name in moved if ".lora_" in name} == {f"{x}.{half}" for x in adapter.layers()}
+        assert any(name.startswith("decoder.") for name in moved)
+        keys |= {file.name for file in (home / "cache").iterdir()}
+        adapter = trained.adapter
+    assert len(keys) == 1
 
 
 def test_no_payload_and_no_receipt_holds_the_prefix(plan: RunPlan, home: Path, guard: Guard) -> None:

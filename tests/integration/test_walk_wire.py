@@ -120,6 +120,14 @@ def test_a_faulty_site_is_dropped_by_name_and_cause_and_comes_back(
     assert told == [f"adapt:2 adapt, round 2: {cause}"], "it is told once why, with its next order"
 
 
+def test_a_half_whose_turn_it_is_not_is_rejected(tmp_path: Path) -> None:
+    """Screening reads the plan's list of that very round."""
+    settings = replace(recipe(), aggregation=AggregationConfig("rolora", max_rank=8))
+    outcome = Consortium(tmp_path, settings, {"b": {"adapt:2": "half"}}).go()
+    assert rejected(outcome, "adapt", 2) == {"b": "an extra tensor; a missing tensor"}
+    assert answered(outcome, "adapt", 1) == list(SITES)
+
+
 @pytest.mark.parametrize("stage", ["style", "student", "evaluate"])
 def test_a_site_that_fails_later_is_dropped_from_that_stage(tmp_path: Path, stage: str) -> None:
     outcome = Consortium(tmp_path, recipe(), {"c": {f"{stage}:0": "raise"}}).go()

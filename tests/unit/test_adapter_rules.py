@@ -47,6 +47,17 @@ from common.errors import ConfigError
             "generator.scope",
             "generator, which trains the factor A too",
         ),
+        (["aggregation.rule=rolora", "sites.west.rank=2"], "sites[1].adapter", "one preset and rank for all"),
+        (
+            ["aggregation.rule=rolora", "teacher.adapter=dp"],
+            "teacher.adapter",
+            "keeps the factor A fixed; rule rolora trains it in turns (preset lite, base, wide",
+        ),
+        (
+            ["aggregation.rule=dual", "sites.west.rank=65"],
+            "aggregation.max_rank",
+            "the highest rank that a site trains (65)",
+        ),
     ],
 )
 def test_adapters_that_cannot_work_are_told_before_a_run(settings: list[str], key: str, said: str) -> None:
@@ -68,6 +79,9 @@ def test_adapters_that_cannot_work_are_told_before_a_run(settings: list[str], ke
         ["aggregation.rule=ffa", "teacher.adapter=dp"],
         ["aggregation.rule=fedsvd", "teacher.adapter=dp", "teacher.rank=8"],
         ["aggregation.rule=ffa", "teacher.adapter=norm"],
+        ["aggregation.rule=rolora", "teacher.adapter=wide", "generator.scope=federated"],
+        ["aggregation.rule=rolora", "teacher.adapter=norm"],
+        ["aggregation.rule=dual", "sites.east.adapter=dp", "sites.west.adapter=wide", "sites.west.rank=3"],
         ["teacher.adapter=last3", "teacher.cached_views=4"],
         ["teacher.adapter=norm", "teacher.decoder=lora", "teacher.rank=4"],
     ],

@@ -17,6 +17,7 @@ from common.canonical import canonical_json, sha256_of
 from common.errors import ArtefactError, WardroundError
 from common.plan import RunPlan, Stage
 from common.seeding import derive_seed
+from common.tuning.halves import A_ALONE, B_ALONE, BOTH, trained_halves, turns
 
 
 def adapter(scale: float = 1.0) -> Adapter:
@@ -83,7 +84,16 @@ def test_adapter_change_adds_folded_and_trainable_factors() -> None:
     assert torch.allclose(whole.change("l"), expected)
     assert set(whole.trained().tensors) == {"l.lora_A", "l.lora_B"}
     assert set(replace(whole, preset="dp").trained().tensors) == {"l.lora_B"}, "its A is fixed"
+    assert set(whole.trained(A_ALONE).tensors) == {"l.lora_A"}
+    assert set(replace(whole, preset="dp").trained(A_ALONE).tensors) == set()
     assert whole.folded_layers() == whole.layers() == ["l"]
+
+
+def test_the_halves_of_a_round_follow_from_preset_rule_and_index() -> None:
+    assert [trained_halves("base", "rolora", index) for index in range(4)] == [B_ALONE, A_ALONE] * 2
+    assert trained_halves("base", "exact_split", 1) == BOTH
+    assert trained_halves("dp", "fedsvd", 1) == B_ALONE
+    assert turns("generator", "rolora") == (B_ALONE, A_ALONE)
 
 
 def test_a_file_without_its_preset_is_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def plan(smoke_plan: RunPlan) -> RunPlan:
     specs = [TensorSpec("a.lora_A", [2, 3]), TensorSpec("head", [4])]
     metrics = smoke_plan.payload(Stage.evaluate)
     assert metrics is not None
-    variants = [Variant("lite", 2, PayloadSpec(Stage.adapt, specs, NUMBERS, 1000))]
+    variants = [Variant("lite", 2, [PayloadSpec(Stage.adapt, specs, NUMBERS, 1000)])]
     return replace(smoke_plan, models={"fake": BASE}, variants=variants, payloads=[metrics])
 
 
@@ -100,7 +100,7 @@ def test_an_adapter_of_another_preset_or_rank_than_agreed_stays(
 
 def test_a_payload_larger_than_the_plan_says_stays(plan: RunPlan, tmp_path: Path) -> None:
     own = plan.variants[0]
-    tight = replace(plan, variants=[replace(own, payload=replace(own.payload, max_bytes=100))])
+    tight = replace(plan, variants=[replace(own, payloads=[replace(own.payload(0), max_bytes=100)])])
     with pytest.raises(EgressRefusal, match="bytes, the plan allows 100"):
         Egress("site-1", tmp_path, tight).release_update(Stage.adapt, 0, update())
 
@@ -108,6 +108,23 @@ def test_a_payload_larger_than_the_plan_says_stays(plan: RunPlan, tmp_path: Path
 def test_a_stage_without_a_payload_lets_nothing_out(egress: Egress) -> None:
     with pytest.raises(EgressRefusal, match="names no payload for stage generator"):
         egress.release_update(Stage.generator, 0, update())
+
+
+def test_what_may_leave_depends_on_whose_turn_it_is(plan: RunPlan, tmp_path: Path) -> None:
+    """Two lists in turn: round 2 is the first one's again, and the other one's payload stays."""
+    only_a = plan.variants[0].payload(0)
+    only_b = replace(only_a, tensors=[TensorSpec("a.lora_B", [3, 2]), only_a.tensors[1]])
+    turned = replace(plan, variants=[replace(plan.variants[0], payloads=[only_b, only_a])])
+    egress = Egress("site-1", tmp_path, turned)
+    of_b = update(a__lora_A=None, a__lora_B=torch.ones(3, 2))
+    egress.release_update(Stage.adapt, 0, of_b)
+    egress.release_update(Stage.adapt, 1, update())
+    egress.release_update(Stage.adapt, 2, of_b)
+    for index, wrong in ((1, of_b), (2, update())):
+        with pytest.raises(EgressRefusal) as caught:
+            egress.release_update(Stage.adapt, index, wrong)
+        assert len(caught.value.faults) == 2, "one tensor is strange, and one is missing"
+    assert len(receipts(egress)) == 2 * 3
 
 
 def test_outside_every_refusal_of_egress_looks_the_same() -> None:

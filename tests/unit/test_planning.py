@@ -49,7 +49,7 @@ def test_the_plan_lists_every_variant_that_a_site_trains_the_recipes_first(smoke
     assert [(one.preset, one.rank) for one in plan.variants] == [("base", 8), ("base", 2), ("wide", 16)]
     for variant, adapter in zip(plan.variants, first.teachers, strict=True):
         expected = {name: list(tensor.shape) for name, tensor in adapter.trained().tensors.items()}
-        assert {tensor.name: tensor.shape for tensor in variant.payload.tensors} == expected
+        assert {tensor.name: tensor.shape for tensor in variant.payload(0).tensors} == expected
     whole = first.whole()
     assert (whole.preset, whole.rank) == ("base", 16)
     assert set(whole.layers()) == {layer for one in first.teachers for layer in one.layers()}
@@ -65,6 +65,25 @@ def test_a_plan_names_its_aggregation(smoke_recipe: Recipe) -> None:
     plan = build_plan(replace(smoke_recipe, aggregation=rule), "x")
     assert plan.aggregation == rule
     assert plan.digest != build_plan(smoke_recipe, "x").digest
+
+
+def test_an_alternating_rule_lists_what_each_round_sends(smoke_recipe: Recipe) -> None:
+    """Rounds 0, 2, ... send B, rounds 1, 3, ... send A; the decoder is in both, folded factors in none."""
+    generator = replace(smoke_recipe.generator, scope=GeneratorScope.federated)
+    rule = replace(smoke_recipe.aggregation, rule="rolora")
+    recipe = replace(smoke_recipe, aggregation=rule, generator=generator)
+    plan, first = build_plan(recipe, "x"), first_adapters(recipe)
+    assert RunPlan.from_json(plan.to_json()).digest == plan.digest
+    assert first.generator is not None
+    for stage, adapter in ((Stage.adapt, first.teachers[0]), (Stage.generator, first.generator)):
+        dense = {name for name in adapter.tensors if ".lora_" not in name}
+        for index, half in enumerate(["lora_B", "lora_A", "lora_B", "lora_A"]):
+            spec = plan.payload(stage, index)
+            assert spec is not None
+            sent = {tensor.name for tensor in spec.tensors}
+            assert sent == dense | {f"{layer}.{half}" for layer in adapter.layers()}
+            elements = sum(adapter.tensors[name].numel() for name in sent)
+            assert elements * 4 < spec.max_bytes <= elements * 4 * 1.02 + 1025
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_a_suppressed_cell_says_why_and_leaves_the_means() -> None:
     assert matrix.over == "2 sites"
     text = visible(report)
     assert "withheldfewer than 5 patients" in text
-    assert "5 cells of the benefit tables have no value" in text
+    assert "6 cells of the benefit tables have no value" in text
 
 
 def test_a_report_with_nothing_in_its_lists_still_makes_a_page() -> None:

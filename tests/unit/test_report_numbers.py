@@ -125,6 +125,7 @@ def test_derived_numbers_are_means_sums_and_differences_of_the_report() -> None:
     for tested in ("own", "all"):
         gains = [cell[s, "student", tested, "dice"] - cell[s, "local_only", tested, "dice"] for s in SITES]
         gains += [fmean(gains), mean("student", tested, "dice") - mean("teacher", tested, "dice")]
+        gains.append(mean("personal_teacher", tested, "dice") - mean("teacher", tested, "dice"))
         expected |= {f"{gain:+.3f}".replace("-", "−") for gain in gains}
     for record in report.rounds:
         expected.add(wording.size(fmean(record.bytes_up.values())) + " up")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common.adapter import Adapter
 from common.errors import ArtefactError
+from common.tuning.halves import A_ALONE, B_ALONE, Halves
 from common.tuning.slots import AdapterSlots, SlotPlan, sharing_copy
 
 
@@ -214,6 +215,28 @@ def test_a_fixed_a_is_written_and_read_but_takes_no_gradient(net: Net) -> None:
         assert net.qkv.lora_B["default"].weight.grad is not None  # type: ignore[union-attr, index]
     assert slots.read().digest == adapter.digest
     assert not any(name.endswith("lora_A") for name in [*slots.trainable(), *adapter.trained().tensors])
+
+
+@pytest.mark.parametrize(("halves", "kind"), [(A_ALONE, "lora_A"), (B_ALONE, "lora_B")])
+def test_only_the_half_whose_turn_it_is_takes_gradients(net: Net, halves: Halves, kind: str) -> None:
+    slots = slots_of(net)
+    adapter = random_adapter(slots, 4)
+    with slots.visit(adapter, train=True, halves=halves):
+        net(torch.randn(2, 3, 6, 6)).sum().backward()
+        took = {name for name, live in slots.tensors().items() if live.grad is not None}
+        assert took == set(slots.trainable(halves)) == set(adapter.trained(halves).tensors)
+        assert took == {f"conv.{kind}", f"qkv.{kind}", "head.weight", "head.bias"}
+    assert not any(p.requires_grad or p.grad is not None for p in net.parameters())
+
+
+def test_while_b_is_zero_a_has_no_gradient(net: Net) -> None:
+    """Why B has the first turn."""
+    slots = slots_of(net)
+    with slots.visit(slots.initial(4), train=True):
+        net(torch.randn(2, 3, 6, 6)).square().sum().backward()
+        gradients = {name: live.grad for name, live in slots.tensors().items() if ".lora_" in name}
+    assert all(gradients[f"{layer}.lora_A"].abs().sum() == 0 for layer in PLAN.layers)  # type: ignore[union-attr]
+    assert all(gradients[f"{layer}.lora_B"].abs().sum() > 0 for layer in PLAN.layers)  # type: ignore[union-attr]
 
 
 def test_the_first_rows_of_a_are_the_same_at_every_rank() -> None:
