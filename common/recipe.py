@@ -51,6 +51,12 @@ ALTERNATING_RULES = ("rolora",)
 SPLIT_RULES = ("exact_split", "dual")
 # Rules under which each site trains an adapter of its own after the last round, which stays at home.
 PERSONAL_RULES = ("dual",)
+# How the server takes the admitted updates of a round together. Those that vote want a rule on whose layers
+# sites can vote: on the whole change of each, or on the one factor that all of them train.
+ROBUST_ESTIMATORS = ("none", "norm_bound", "median", "trimmed_mean", "multi_krum", "auto")
+VOTING_ESTIMATORS = ("median", "trimmed_mean")
+CHANGE_VOTE_RULES = ("exact_split", "flora", "dual")
+FACTOR_VOTE_RULES = ("ffa", "fedsvd", "rolora")
 PRETRAINED_HEADS = ("vessel", "blob", "region", "bright", "dark")
 BASELINES = (
     "local_only",
@@ -216,6 +222,8 @@ class AggregationConfig:
     max_rank: int = 64  # cap on the rank that goes down
     wire_dtype: WireDtype = WireDtype.bfloat16  # of adapters and updates on their way (common/precision.py)
     personal_steps: int | None = None  # rule dual: of a site's personal adapter; None: one round's
+    robust: str = "none"  # how one bad site among the admitted is borne; see server/robust
+    byzantine: int = 1  # that many bad sites are to be borne
 
 
 @dataclass(frozen=True)

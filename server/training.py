@@ -82,6 +82,8 @@ class Training:
     def _settle(self, index: int, answers: Answers, collection: Collection) -> None:
         """Fold what is kept of the round; whoever is not is dropped from ``collection`` with the reason."""
         self.rule.open_round()
+        if not answers.sites():
+            return
         settled = settle(answers, self.rule, self._config, sent_to(self.rule, answers.sites()))
         answers.clear()
         collection.sites = settled.taken
