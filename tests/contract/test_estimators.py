@@ -14,6 +14,7 @@ from torch import Tensor
 from common.errors import ConfigError
 from common.recipe import (
     AGGREGATION_RULES,
+    ALTERNATING_RULES,
     CHANGE_VOTE_RULES,
     FACTOR_VOTE_RULES,
     FIXED_A_RULES,

@@ -53,7 +53,7 @@ def test_it_refuses_a_preset_that_trains_a(rule: str) -> None:
 
 def test_rolora_sends_b_and_a_in_turn_and_is_exact() -> None:
     """Three rounds with a resume in the second: B, A, B, each with the bytes of its half and the decoder."""
-    command = ("simulate", "smoke", "aggregation.rule=rolora", "run.rounds=3", *SETTINGS)
+    command = ("simulate", "smoke", "aggregation.rule=rolora", "run.rounds=3", *EXACT)
     whole = walks.invoke(*command, "--out", "run")
     assert whole.exit_code == 0, whole.output
     rounds = teacher_rounds("run")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import simulations.loopback
+from common.adapter import Adapter, AdapterUpdate
 from common.config import save_run_config
+from common.precision import unpack
 from common.recipe import (
     AggregationConfig,
     GeneratorConfig,
@@ -35,6 +38,13 @@ def recipe(scope: GeneratorScope = GeneratorScope.style, sites: tuple[str, ...] 
         aggregation=AggregationConfig(max_rank=8),
         generator=GeneratorConfig(scope=scope, rounds=2, rank=2),
     )
+
+
+def next_adapter(sent: Adapter, update: AdapterUpdate) -> Adapter:
+    """What a federation of one site sends next: ``sent``, moved by the site's ``update``."""
+    before = unpack(sent)
+    trained = before.advanced(unpack(update.adapter))
+    return replace(before, tensors={**before.tensors, **trained.tensors})
 
 
 class Consortium:

@@ -25,6 +25,7 @@ from common.probability import probabilities
 from common.recipe import ClassConfig, DataConfig, PolicyConfig, Recipe, SiteFile
 from common.teacher import initial_adapter, resident_teacher
 from server.planning import build_plan
+from tests.integration.consortium import next_adapter
 
 CORTEX, MEDULLA = 100, 200
 APART = DataConfig(
@@ -87,7 +88,8 @@ def walked(home: Path, plan: RunPlan) -> SiteMetrics:
         return Round(plan.digest, stage, 0, 300.0, "nonce")
 
     assert guard.propose(plan, order(Stage.propose)).agrees
-    adapter = guard.adapt(order(Stage.adapt), initial_adapter(plan.teacher, plan.data, 0)).adapter
+    first = initial_adapter(plan.teacher, plan.data, 0)
+    adapter = next_adapter(first, guard.adapt(order(Stage.adapt), first))
     adapter.save(home / "adapter.safetensors")
     styles = {"east": guard.style(order(Stage.style))}
     guard.train_student(order(Stage.student), adapter, styles, None)

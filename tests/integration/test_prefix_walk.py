@@ -26,6 +26,7 @@ from common.recipe import Recipe, SiteFile
 from common.teacher import initial_adapter, resident_teacher
 from server.planning import build_plan
 from simulations.phantoms import write_site
+from tests.integration.consortium import next_adapter
 
 VIEWS = 4
 
@@ -78,7 +79,7 @@ def test_the_second_round_runs_no_prefix_block(plan: RunPlan, home: Path, guard:
     counts, adapter = [], start(plan)
     for index in range(3):
         before = Backbone.blocks_run
-        adapter = guard.adapt(order(plan, Stage.adapt, index), adapter).adapter
+        adapter = next_adapter(adapter, guard.adapt(order(plan, Stage.adapt, index), adapter))
         counts.append(Backbone.blocks_run - before)
         if index == 1:
             prefix_cache._held.clear()  # a guard that was started again reads the file
@@ -129,7 +130,7 @@ def test_no_payload_and_no_receipt_holds_the_prefix(plan: RunPlan, home: Path, g
 def test_the_prefix_is_deleted_at_the_end_of_the_student_stage(
     plan: RunPlan, home: Path, guard: Guard
 ) -> None:
-    adapter = guard.adapt(order(plan, Stage.adapt), start(plan)).adapter
+    adapter = next_adapter(start(plan), guard.adapt(order(plan, Stage.adapt), start(plan)))
     assert (home / "cache").exists()
     guard.train_student(
         order(plan, Stage.student), adapter, {"east": guard.style(order(plan, Stage.style))}, None
@@ -140,7 +141,7 @@ def test_the_prefix_is_deleted_at_the_end_of_the_student_stage(
 
 
 def test_the_prefix_is_deleted_when_the_student_stage_fails(plan: RunPlan, home: Path, guard: Guard) -> None:
-    adapter = guard.adapt(order(plan, Stage.adapt), start(plan)).adapter
+    adapter = next_adapter(start(plan), guard.adapt(order(plan, Stage.adapt), start(plan)))
     styles = {"east": guard.style(order(plan, Stage.style))}
     with pytest.raises(DeadlinePassed):
         guard.train_student(order(plan, Stage.student, deadline_s=0.0), adapter, styles, None)

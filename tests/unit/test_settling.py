@@ -20,6 +20,7 @@ from common.recipe import (
     AggregationConfig,
 )
 from common.robust_rules import vote_fault
+from common.tuning.halves import trained_halves, without
 from server.aggregation import AggregationRule
 from server.answers import Answers
 from server.collect import LiveUpdates
@@ -36,7 +37,13 @@ Moved = Mapping[str, Mapping[str, Tensor]]
 
 
 def moved_by(rule: AggregationRule) -> dict[str, dict[str, Tensor]]:
-    return alike({site: rule.adapter_for(site) for site in SITES}, seed=1)
+    """Of the factors, what has its turn in the first round."""
+    moved = alike({site: rule.adapter_for(site) for site in SITES}, seed=1)
+    resting = without(trained_halves("base", rule.name, 0))
+    return {
+        site: {name: step for name, step in steps.items() if not name.endswith(resting)}
+        for site, steps in moved.items()
+    }
 
 
 def settled(folder: Path, rule: AggregationRule, moved: Moved, **config: object) -> Settled:
