@@ -24,17 +24,13 @@ from torch import nn
 
 from client.adaptation import adapt
 from client.deadline import Deadline
-from client.evaluation import foreground
-from client.patients import Patient, Sample, Split, of_split
-from client.site import Site
 from common import checkpoints, progress
 from common.config import load_recipe
 from common.plan import RunPlan
 from common.recipe import DecoderTraining, Recipe
 from common.seeding import derive_seed
 from common.teacher import ResidentTeacher, Teacher, bare_teacher, select_head, shipped_teacher, teacher_slots
-from server.planning import build_plan
-from simulations.simulate import prepare_sites
+from simulations.benchmark.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -97,57 +93,31 @@ class StudyTeacher(ResidentTeacher):
 class Study:
     """One recipe with one seed: the patients of all sites, pooled."""
 
-    recipe: Recipe
-    plan: RunPlan
-    train: list[Patient]
-    tests: dict[str, list[Patient]]
+    pool: Pool
 
     @classmethod
     def prepare(cls, recipe: Recipe, folder: Path) -> Study:
-        names = prepare_sites(recipe, folder)
-        plan = build_plan(recipe, "study")
-        sites = {name: Site.open(folder / name).patients(plan.data, plan.seed) for name in names}
-        train = [p for patients in sites.values() for p in of_split(patients, Split.train) if p.labelled]
-        return cls(recipe, plan, train, {name: of_split(found, Split.test) for name, found in sites.items()})
+        return cls(Pool.prepare(recipe, folder))
 
     def run(self, row: Row) -> dict[str, float]:
         """Mean Dice over all test patients and over each group's, and the processor seconds of training."""
+        planned = self.pool.plan
         decoder = DecoderTraining(row.train_decoder)
-        settings = replace(self.plan.teacher, adapter=row.adapter, rank=None, decoder=decoder)
+        settings = replace(planned.teacher, adapter=row.adapter, rank=None, decoder=decoder)
         if row.learning_rate is not None:
             settings = replace(settings, learning_rate=row.learning_rate)
-        steps = self.plan.rounds * settings.steps
-        plan = replace(self.plan, rounds=1, teacher=replace(settings, steps=steps))
+        steps = planned.rounds * settings.steps
+        plan = replace(planned, rounds=1, teacher=replace(settings, steps=steps))
         seed = derive_seed(plan.seed, "study")
         teacher = StudyTeacher(row, plan, derive_seed(seed, "fresh"))
         adapter = teacher.slots.initial(seed)
         started = time.process_time()
         if row.steps:
-            adapter = adapt(teacher, adapter, self.train, plan, (0, seed), Deadline(1e9)).adapter
+            adapter = adapt(teacher, adapter, self.pool.train, plan, (0, seed), Deadline(1e9)).adapter
         seconds = time.process_time() - started
         teacher.slots.write(adapter)
         found = {"trained": float(sum(p.numel() for p in teacher.slots.trainable().values()) * row.steps)}
-        return {**found, **self._dice(teacher.network), "cpu_s": seconds}
-
-    def _dice(self, network: Teacher) -> dict[str, float]:
-        values: dict[str, list[float]] = {}
-        for site, patients in self.tests.items():
-            for patient in patients:
-                found = [
-                    self._overlap(network, sample) for sample in patient.samples if sample.mask is not None
-                ]
-                for key in ("all", f"site {site}", f"group {patient.samples[0].group or site}"):
-                    values.setdefault(key, []).append(float(np.mean(found)))
-        return {key: float(np.mean(found)) for key, found in sorted(values.items())}
-
-    def _overlap(self, network: Teacher, sample: Sample) -> float:
-        """Mean Dice over the classes of one image; 1 where a class is absent and none was found."""
-        assert sample.mask is not None
-        overlap = self.plan.evaluation.overlap
-        found = foreground(lambda tiles: network(tiles).logits, sample, self.plan.data, overlap)
-        truth = sample.mask.bool()
-        both, total = (found & truth).sum((1, 2)), found.sum((1, 2)) + truth.sum((1, 2))
-        return float(torch.where(total > 0, 2 * both / total.clamp(min=1), 1.0).mean())
+        return {**found, **self.pool.dice(lambda tiles: teacher.network(tiles).logits), "cpu_s": seconds}
 
 
 def study(
@@ -190,7 +160,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rows", help="numbers of the rows, from 0 (default: all)")
     parser.add_argument("--json", type=Path, help="also write every value here")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     rows = [ROWS[int(number)] for number in given.rows.split(",")] if given.rows else list(ROWS)
     found = study(given.recipe, given.overrides, [int(seed) for seed in given.seeds.split(",")], rows)

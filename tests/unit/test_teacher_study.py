@@ -20,7 +20,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def parts(row: Row, prepared: Study) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    network = StudyTeacher(row, prepared.plan, seed=4).network
+    network = StudyTeacher(row, prepared.pool.plan, seed=4).network
     state = {key.replace(".base_layer", ""): value.clone() for key, value in network.state_dict().items()}
     own = {key: value for key, value in state.items() if "lora_" not in key}
     encoder = {key: value for key, value in own.items() if key.startswith("encoder")}
