@@ -52,7 +52,7 @@ from common.teacher import ResidentTeacher, initial_adapter, resident_teacher, t
 from common.tuning.presets import rank_of, sends_a
 from server.collect import Collector
 from server.events import EventLog
-from server.phases import INBOX, Walk
+from server.phases import Walk
 from server.planning import code_sha256
 from simulations.benchmark.pool import Pool
 from simulations.loopback import LoopbackGrid, environment, task_identity
@@ -199,7 +199,7 @@ def walked(recipe: Recipe, folder: Path) -> Walk:
     """The walk of ``recipe`` in ``folder``, at the end of the teacher's rounds."""
     run, sites = folder / "run", folder / "sites"
     grid = LoopbackGrid(client_app, len(prepare_sites(recipe, sites)))
-    collector = Collector(grid, EventLog(run / "events.jsonl"), run / "state" / INBOX, grid.window)
+    collector = Collector(grid, EventLog(run / "events.jsonl"), grid.window)
     with environment({"WARDROUND_SITES": str(sites)}), task_identity():
         walk = Walk(collector, recipe, run)
         walk.propose()
