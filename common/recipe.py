@@ -43,6 +43,12 @@ AGGREGATION_RULES = (
 MIXED_RANK_RULES = ("exact_split", "flora", "flexlora", "hetlora")
 MIXED_PRESET_RULES = ("exact_split", "flora")
 FIXED_A_RULES = ("ffa", "fedsvd")
+# How the server takes the admitted updates of a round together. Those that vote want a rule on whose layers
+# sites can vote: on the whole change of each, or on the one factor that all of them train.
+ROBUST_ESTIMATORS = ("none", "norm_bound", "median", "trimmed_mean", "multi_krum", "auto")
+VOTING_ESTIMATORS = ("median", "trimmed_mean")
+CHANGE_VOTE_RULES = ("exact_split", "flora")
+FACTOR_VOTE_RULES = ("ffa", "fedsvd")
 PRETRAINED_HEADS = ("vessel", "blob", "region", "bright", "dark")
 BASELINES = (
     "local_only",
@@ -200,6 +206,8 @@ class AggregationConfig:
     rule: str = "exact_split"
     energy: float = 0.999  # share of the update's squared Frobenius norm that goes down to the sites
     max_rank: int = 64  # cap on the rank that goes down
+    robust: str = "none"  # how one bad site among the admitted is borne; see server/robust
+    byzantine: int = 1  # that many bad sites are to be borne
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 from common import recipe as schema
 from common.checkpoints import imported_names
 from common.recipe import Recipe, SiteConfig, SiteFile
+from common.robust_rules import robust_faults
 from common.schema_check import Fault, choose_from
 from common.tuning.rules import adapter_faults
 
@@ -94,7 +95,11 @@ RANGES: dict[type, dict[str, Range]] = {
         "learning_rate": POSITIVE,
         "cached_views": NOT_NEGATIVE,
     },
-    schema.AggregationConfig: {"energy": Range(0, 1, open_low=True), "max_rank": COUNT},
+    schema.AggregationConfig: {
+        "energy": Range(0, 1, open_low=True),
+        "max_rank": COUNT,
+        "byzantine": COUNT,
+    },
     schema.GeneratorConfig: {
         "images": COUNT,
         "sampler_steps": Range(1, 20),
@@ -136,7 +141,7 @@ RANGES: dict[type, dict[str, Range]] = {
 NAMES: dict[type, dict[str, tuple[str, ...]]] = {
     schema.ClassConfig: {"like": schema.PRETRAINED_HEADS},
     schema.TeacherConfig: {"name": schema.TEACHERS, "adapter": schema.ADAPTER_PRESETS},
-    schema.AggregationConfig: {"rule": schema.AGGREGATION_RULES},
+    schema.AggregationConfig: {"rule": schema.AGGREGATION_RULES, "robust": schema.ROBUST_ESTIMATORS},
     schema.GeneratorConfig: {"name": schema.GENERATORS},
     schema.StudentConfig: {"name": schema.STUDENTS},
     SiteConfig: {"student": schema.STUDENTS, "adapter": schema.ADAPTER_PRESETS},
@@ -184,6 +189,7 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
     for index, site in enumerate(recipe.sites):
         faults += _site_faults(site, f"sites[{index}]", recipe)
     faults += adapter_faults(recipe)
+    faults += robust_faults(recipe.aggregation)
     faults += _baseline_faults(recipe.baselines)
     return faults
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import ClassVar
 
@@ -24,7 +24,8 @@ from torch import Tensor
 from common.adapter import FACTOR_SUFFIXES, Adapter, AdapterUpdate
 from common.canonical import canonical_json
 from common.errors import ArtefactError, ConfigError, FederationError
-from common.recipe import AggregationConfig
+from common.recipe import FACTOR_VOTE_RULES, AggregationConfig
+from common.robust_rules import vote_fault
 from server.aggregation.shares import Share, share_faults
 
 
@@ -120,6 +121,37 @@ class AggregationRule(ABC):
             self._fold_layer(layer, a.to(torch.float64), b.to(torch.float64), weight)
         weights[site] = weight
 
+    def fold_consensus(self, steps: Iterable[tuple[str, Tensor]], sites: Sequence[str]) -> None:
+        """Take what ``sites`` agreed on in place of their updates; each is counted once.
+
+        Args:
+            steps: name -> by how much it moves: a dense tensor; a layer's whole weight (out, in), for rules
+                of ``CHANGE_VOTE_RULES``; the one factor that all sites train (``<layer>.lora_B``), for
+                those of ``FACTOR_VOTE_RULES``. What is not named stays. Each is taken before the next one
+                is asked for.
+
+        Raises:
+            ConfigError: if this rule would have to average A and B apart.
+            ArtefactError: if a site is unknown or has been folded, or if a step has another name or shape.
+                The round must then be opened anew.
+        """
+        weights = self._open
+        if fault := vote_fault(self.name):
+            raise ConfigError(fault)
+        for site in sites:
+            self.share_of(site)
+            self._check_silent(site)
+        votes = float(len(sites))
+        self._fold_standing(votes)
+        for name, step in steps:
+            if self._vote_shape(name) != step.shape:
+                raise ArtefactError(f"no vote can be taken on {name} in the shape {tuple(step.shape)}")
+            if name in self._dense_sums:
+                self._dense_sums[name].add_(step, alpha=votes)
+            else:
+                self._fold_step(name, step, votes)
+        weights |= dict.fromkeys(sites, 1.0)
+
     def close_round(self) -> float:
         """Make the next adapter from the replies folded.
 
@@ -214,6 +246,15 @@ class AggregationRule(ABC):
     def _fold_layer(self, layer: str, a: Tensor, b: Tensor, weight: float) -> None:
         """Add a site's trained ``a`` (r, in) and ``b`` (out, r), float64, to the layer's sums."""
 
+    def _fold_standing(self, votes: float) -> None:
+        """Add ``votes`` sites that sent back what they were sent; of layers, where no change is summed."""
+        for name, total in self._dense_sums.items():
+            total.add_(self._dense[name].double(), alpha=votes)
+
+    def _fold_step(self, name: str, step: Tensor, votes: float) -> None:
+        """Add that ``votes`` sites moved a layer's weight, or a factor of it, by ``step``, float64."""
+        raise NotImplementedError(f"{self.name} is named as a rule with which sites can vote")
+
     @abstractmethod
     def _close_layers(self, total: float) -> tuple[float, float]:
         """Commit every layer; squared Frobenius norms of ``down - mean`` and of ``mean``, over all layers."""
@@ -264,9 +305,23 @@ class AggregationRule(ABC):
         if faults:
             raise ConfigError(f"aggregation.rule {self.name!r} cannot serve these adapters", faults)
 
-    def _check_update(self, site: str, update: AdapterUpdate) -> None:
+    def _check_silent(self, site: str) -> None:
         if site in self._open:
             raise ArtefactError(f"site {site!r} has already replied in this round")
+
+    def _vote_shape(self, name: str) -> tuple[int, ...]:
+        """Of the step that sites can vote on under ``name``; empty: there is none."""
+        tensors = self._started.tensors
+        if name in self._dense:
+            return tuple(self._dense[name].shape)
+        if self.name in FACTOR_VOTE_RULES:
+            return tuple(tensors[name].shape) if ".lora_" in name and name in tensors else ()
+        if f"{name}.lora_B" not in tensors:
+            return ()
+        return tensors[f"{name}.lora_B"].shape[0], tensors[f"{name}.lora_A"].shape[1]
+
+    def _check_update(self, site: str, update: AdapterUpdate) -> None:
+        self._check_silent(site)
         share = self.share_of(site)
         if not (math.isfinite(update.weight) and update.weight > 0):
             raise ArtefactError(f"site {site!r} declares weight {update.weight}; it must be above 0")

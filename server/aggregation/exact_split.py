@@ -74,6 +74,9 @@ class ExactSplit(AggregationRule):
         self._sums[layer].addmm_(b, a, alpha=weight)
         self._sums[layer].addmm_(sent["lora_B"].double(), sent["lora_A"].double(), alpha=-weight)
 
+    def _fold_step(self, name: str, step: Tensor, votes: float) -> None:
+        self._sums[name].add_(step, alpha=votes)
+
     def _close_layers(self, total: float) -> tuple[float, float]:
         changes, downs = {}, {}
         error = norm = 0.0

@@ -71,6 +71,19 @@ class FactorMeanRule(AggregationRule):
         self._sums[f"{layer}.lora_B"].add_(b, alpha=weight)
         self._products[layer].addmm_(b, a, alpha=weight)
 
+    def _fold_standing(self, votes: float) -> None:
+        super()._fold_standing(votes)
+        for layer in self._products:
+            a, b = self._factor[f"{layer}.lora_A"], self._factor[f"{layer}.lora_B"]
+            self._fold_layer(layer, a.double(), b.double(), votes)
+
+    def _fold_step(self, name: str, step: Tensor, votes: float) -> None:
+        layer, _, half = name.rpartition(".")
+        self._sums[name].add_(step, alpha=votes)
+        halves = {suffix: self._factor[f"{layer}.{suffix}"].double() for suffix in ("lora_A", "lora_B")}
+        halves[half] = step  # the other half is as sent
+        self._products[layer].addmm_(halves["lora_B"], halves["lora_A"], alpha=votes)
+
     def _close_layers(self, total: float) -> tuple[float, float]:
         factors: dict[str, Tensor] = {}
         error = norm = 0.0

@@ -68,6 +68,9 @@ class Flora(AggregationRule):
     def _fold_layer(self, layer: str, a: Tensor, b: Tensor, weight: float) -> None:
         self._sums[layer].addmm_(b, a, alpha=weight)
 
+    def _fold_step(self, name: str, step: Tensor, votes: float) -> None:
+        self._sums[name].add_(step, alpha=votes)
+
     def _close_layers(self, total: float) -> tuple[float, float]:
         changes, sent, rows = {}, {}, {}
         closed = self._closed + 1

@@ -1,0 +1,156 @@
+"""Comparison: the change of each site of a round against those of the others, and who is quarantined.
+
+A quarantined update is dropped with a reason, by name, and reported. The comparison is made in each group of
+tensors apart, and the constants say what was measured to set them. The measurements are of honest sites: the
+demo recipe with three sites, and with five of which one has 2 patients and the others 12; nuclei with four
+and with eight sites; retina with four, of which one has another camera and population than the rest. Three
+rounds each, in both groups.
+
+What it cannot see: an update of ordinary size that is wrong in an ordinary way, such as one trained on wrong
+labels; or one turned against the others where they do not agree themselves, as happens when a model is
+nearly trained. Robust estimators (`server.robust`) bear those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from server.geometry import Geometry
+from server.steps import Group
+
+LEAST_SITES = 3  # of two sites that differ, none can say which is wrong
+
+# A norm is far off when its logarithm lies this many robust standard deviations above the median. By itself
+# this trips honest sites: where norms are nearly equal the spread is nearly 0 (seen: 42 at a ratio of 1.07).
+NORM_Z = 4.0
+MAD_TO_STD = 1.4826  # median absolute deviation to standard deviation, of a normal distribution
+# It must also be this many times the median of the others'. Honest sites reached 2.27, the one with another
+# camera in its second round; sites with 2 patients beside 12, 1.5.
+NORM_RATIO = 3.0
+
+# A change is against the others' when the median of its cosines to them is below the first constant, while
+# the median of the cosines among them is above the second.
+AGAINST = -0.3
+AGREEMENT = 0.1
+# Cosines of independent noise have a standard deviation of 1 / sqrt(size): a group so small that this many
+# of them pass the bound is not judged.
+NOISE_Z = 5.0
+
+TOO_LARGE = "a change far larger than the others'"
+OPPOSED = "a change against the others'"
+
+
+@dataclass(frozen=True)
+class SiteFinding:
+    """One site beside the others.
+
+    Attributes:
+        norms: group -> norm of the site's change.
+        cosines: group -> median of its cosines to the others; absent where there is nothing to compare.
+        reason: why it is quarantined, in fixed words; empty: it is not.
+    """
+
+    norms: dict[str, float]
+    cosines: dict[str, float]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """``spared`` are outliers that stay: so many at once are no outliers, the strongest apart."""
+
+    sites: dict[str, SiteFinding]
+    spared: list[str]
+
+    def quarantined(self) -> dict[str, str]:
+        """Site -> reason."""
+        return {site: finding.reason for site, finding in self.sites.items() if finding.reason}
+
+
+def compare(geometry: Geometry) -> Findings:
+    """Every site beside the others.
+
+    Guarantees: fewer than half of the sites are quarantined; of two sites, none; a small change, never.
+    """
+    suspects = _suspects(geometry)
+    most = (len(geometry.sites) - 1) // 2
+    reasons = dict(suspects[:most])
+    norms = {group: geometry.norms(group).tolist() for group in geometry.moved()}
+    cosines = {group: _median_cosines(geometry, group) for group in geometry.moved()}
+    found = {
+        site: SiteFinding(
+            {group: values[row] for group, values in norms.items()},
+            {group: values[site] for group, values in cosines.items() if site in values},
+            reasons.get(site, ""),
+        )
+        for row, site in enumerate(geometry.sites)
+    }
+    return Findings(found, [site for site, _ in suspects[most:]])
+
+
+def _suspects(geometry: Geometry) -> list[tuple[str, str]]:
+    """Sites and reasons, the strongest first. A change that is too large has no say in the directions."""
+    large: dict[str, float] = {}
+    for group in geometry.moved():
+        norms = dict(zip(geometry.sites, geometry.norms(group).tolist(), strict=True))
+        for site, ratio in _too_large(norms).items():
+            large[site] = max(ratio, large.get(site, 0.0))
+    rest = geometry.only(set(geometry.sites) - set(large))
+    opposed: dict[str, float] = {}
+    for group in rest.moved():
+        for site, cosine in _opposed(rest, group).items():
+            opposed[site] = min(cosine, opposed.get(site, 0.0))
+    by_size = sorted(large, key=lambda site: (-large[site], site))
+    by_angle = sorted(opposed, key=lambda site: (opposed[site], site))
+    return [(site, TOO_LARGE) for site in by_size] + [(site, OPPOSED) for site in by_angle]
+
+
+def _too_large(norms: Mapping[str, float]) -> dict[str, float]:
+    """Site -> how many times the median of the others' norms its own is, where that is far too much."""
+    present = {site: norm for site, norm in norms.items() if norm > 0}
+    found = {}
+    for site, norm in present.items() if len(present) >= LEAST_SITES else ():
+        others = [math.log(other) for name, other in present.items() if name != site]
+        middle = median(others)
+        spread = MAD_TO_STD * median(abs(other - middle) for other in others)
+        above = math.log(norm) - middle
+        if above > NORM_Z * spread and above > math.log(NORM_RATIO):
+            found[site] = math.exp(above)
+    return found
+
+
+def _opposed(geometry: Geometry, group: Group) -> dict[str, float]:
+    """Site -> median of its cosines to the others, where it is against them and they agree."""
+    bound = min(AGAINST, -NOISE_Z / math.sqrt(geometry.sizes[group]))
+    own = _median_cosines(geometry, group)
+    if len(own) < LEAST_SITES:
+        return {}
+    return {
+        site: cosine
+        for site, cosine in own.items()
+        if cosine < bound and _agreement(geometry, group, set(own) - {site}) > AGREEMENT
+    }
+
+
+def _median_cosines(geometry: Geometry, group: Group) -> dict[str, float]:
+    """Site -> median of its cosines to the others, among the sites that changed something."""
+    norms, cosines = geometry.norms(group), geometry.cosines(group)
+    rows = [row for row in range(len(geometry.sites)) if norms[row] > 0]
+    if len(rows) < 2:
+        return {}
+    return {
+        geometry.sites[row]: median(float(cosines[row, other]) for other in rows if other != row)
+        for row in rows
+    }
+
+
+def _agreement(geometry: Geometry, group: Group, sites: set[str]) -> float:
+    """The median of the cosines of all pairs of ``sites``."""
+    cosines = geometry.only(sites).cosines(group)
+    above, right = torch.triu_indices(len(sites), len(sites), offset=1)
+    return median(cosines[above, right].tolist())
