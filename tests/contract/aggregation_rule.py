@@ -235,7 +235,7 @@ class AggregationRuleContract:
         for _ in range(64):
             updates = {}
             for site in self.ranks:
-                still = train(rule.adapter_for(site), 0, scale=0.0)
+                still = self.trained(rule, site, 0, scale=0.0)
                 tensors = {**still.adapter.tensors}
                 tensors["head.bias"] = tensors["head.bias"] + small
                 updates[site] = replace(still, adapter=replace(still.adapter, tensors=tensors))

@@ -85,7 +85,7 @@ def test_every_rule_with_every_estimator(name: str, robust: str, tmp_path: Path)
     rule = begun(name)
     before = whole(rule.global_adapter())
     if robust in VOTING_ESTIMATORS and vote_fault(name):
-        with pytest.raises(ConfigError, match="aggregation.robust"):
+        with pytest.raises(ConfigError, match="does not go with the rule"):
             settled(tmp_path, rule, moved_by(rule), robust=robust)
         return
     found = settled(tmp_path, rule, moved_by(rule), robust=robust)
@@ -160,9 +160,10 @@ def test_sites_that_moved_nothing_leave_everything_as_it_was(tmp_path: Path) -> 
         rule = begun()
         before = whole(rule.global_adapter())
         still = {
-            site: {n: torch.zeros_like(s) for n, s in steps.items()} for site, steps in moved_by(rule).items()
+            site: {name: torch.zeros_like(step) for name, step in steps.items()}
+            for site, steps in moved_by(rule).items()
         }
-        assert settled(tmp_path / robust, rule, still, robust=robust).rejected == []
+        assert settled(tmp_path / robust, rule, still, robust=robust).notes["quarantined"] == {}
         assert float((whole(rule.global_adapter()) - before).abs().max()) <= 1e-12
 
 
