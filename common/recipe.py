@@ -208,7 +208,7 @@ class AggregationConfig:
     rule: str = "exact_split"
     energy: float = 0.999  # share of the update's squared Frobenius norm that goes down to the sites
     max_rank: int = 64  # cap on the rank that goes down
-    personal_steps: int | None = None  # rule dual: of a site's personal adapter; None: one round's
+    personal_steps: int | None = None  # rule dual: of a site's own adapter; None: all rounds' together
 
 
 @dataclass(frozen=True)
