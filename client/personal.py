@@ -52,8 +52,9 @@ def train_personal(
 ) -> Adapter:
     """The site's personal adapter: ``shared`` folded, and factors and dense tensors of its own.
 
-    As long as ``plan.aggregation.personal_steps``, or one round of the teacher, with a learning rate that
-    runs through its whole course. Guarantee: the same from the same ``shared``, patients and plan.
+    As many steps as ``plan.aggregation.personal_steps``, or as all of the teacher's rounds together, with a
+    learning rate that runs through its whole course. Guarantee: the same from the same ``shared``, patients
+    and plan.
 
     Raises:
         ArtefactError: ``shared`` is not of the preset and rank that this site trains.
@@ -61,7 +62,7 @@ def train_personal(
     """
     settings = site.teacher(plan)
     start = folded_whole(shared, initial_adapter(settings, plan.data, plan.seed))
-    steps = plan.aggregation.personal_steps or plan.teacher.steps
+    steps = plan.aggregation.personal_steps or plan.rounds * plan.teacher.steps
     alone = replace(plan, rounds=1, teacher=replace(plan.teacher, steps=steps))
     visit = Visit(0, site.draw_seed(plan, "personal"), site.folder)
     teacher = resident_teacher(settings, plan.data)

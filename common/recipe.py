@@ -220,8 +220,8 @@ class AggregationConfig:
     rule: str = "exact_split"
     energy: float = 0.999  # share of the update's squared Frobenius norm that goes down to the sites
     max_rank: int = 64  # cap on the rank that goes down
+    personal_steps: int | None = None  # rule dual: of a site's own adapter; None: all rounds' together
     wire_dtype: WireDtype = WireDtype.bfloat16  # of adapters and updates on their way (common/precision.py)
-    personal_steps: int | None = None  # rule dual: of a site's personal adapter; None: one round's
     robust: str = "none"  # how one bad site among the admitted is borne; see server/robust
     byzantine: int = 1  # that many bad sites are to be borne
 

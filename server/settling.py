@@ -33,13 +33,18 @@ class Settled:
 
 
 def settle(
-    answers: Answers, rule: AggregationRule, config: AggregationConfig, sent: Mapping[str, Adapter]
+    answers: Answers,
+    rule: AggregationRule,
+    config: AggregationConfig,
+    sent: Mapping[str, Adapter],
+    progress: float,
 ) -> Settled:
     """Fold the round's answers into ``rule``, whose round is open and empty.
 
     Args:
         answers: as admitted, of steps; the quarantined ones are dropped from it.
         sent: site -> what it was sent (`server.steps.sent_to`).
+        progress: share of the stage's rounds that were over before this one (`server.outliers.compare`).
 
     Raises:
         ConfigError: the rule cannot serve the estimator that ``config`` asks for.
@@ -47,12 +52,12 @@ def settle(
     """
     steps = RoundSteps(answers, sent)
     geometry = measure(steps)
-    findings = compare(geometry)
+    findings = compare(geometry, progress)
     quarantined = findings.quarantined()
-    for site in quarantined:
-        answers.drop(site)
     kept = steps.only(set(steps.sites) - set(quarantined))
     choice = choose_estimator(config, len(kept.sites))
+    for site in quarantined:
+        answers.drop(site)
     estimate = Estimate([])
     if kept.sites:
         estimate = choice.estimator.fold(kept, geometry.only(kept.sites), rule)

@@ -84,7 +84,10 @@ class Training:
         self.rule.open_round()
         if not answers.sites():
             return
-        settled = settle(answers, self.rule, self._config, sent_to(self.rule, answers.sites()))
+        sent = sent_to(self.rule, answers.sites())
+        plan = self.rounds.plan
+        of_rounds = plan.rounds if self.stage is Stage.adapt else plan.generator.rounds
+        settled = settle(answers, self.rule, self._config, sent, progress=index / of_rounds)
         answers.clear()
         collection.sites = settled.taken
         collection.rejected += settled.rejected

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,7 +69,8 @@ def trimmed_mean(values: Tensor, cut: int) -> Tensor:
     """
     count = values.shape[0]
     cut = min(cut, (count - 1) // 2)
-    return values.sort(dim=0).values[cut : count - cut].mean(0)
+    # NumPy sorts along the first axis several times as fast.
+    return torch.from_numpy(np.sort(values.numpy(), axis=0)[cut : count - cut].mean(0))
 
 
 def _votes(steps: RoundSteps, on_changes: bool, cut: int) -> Iterator[tuple[str, Tensor]]:

@@ -23,7 +23,7 @@ from common.recipe import (
     AggregationConfig,
 )
 from common.robust_rules import robust_faults
-from server.robust import AUTO, BOUND, ESTIMATORS, WEAKER, choose_estimator
+from server.robust import AUTO, BOUND, ESTIMATORS, choose_estimator
 from server.robust.multi_krum import LEFT_OUT
 from server.robust.norm_bound import length_within
 from server.steps import Group
@@ -306,7 +306,7 @@ class TestMedianFedSVD(FixedAVote):
         return np.median(values, axis=0)
 
 
-# ---- the registry, and how an estimator is chosen -------------------------------------------------
+# ---- the registry ---------------------------------------------------------------------------------
 
 
 def test_a_recipe_knows_the_names_of_the_registered_estimators() -> None:
@@ -344,57 +344,3 @@ def test_recipe_server_and_rule_refuse_the_same_votes(rule: str, robust: str) ->
         choose_estimator(config, 5)
     with pytest.raises(ConfigError, match="A and B"):
         built.fold_consensus([], SITES)
-
-
-@pytest.mark.parametrize(
-    ("robust", "rule", "sites", "byzantine", "chosen"),
-    [
-        ("multi_krum", "exact_split", 5, 1, "multi_krum"),
-        ("multi_krum", "exact_split", 4, 1, "trimmed_mean"),
-        ("multi_krum", "exact_split", 2, 1, "norm_bound"),
-        ("multi_krum", "fedit", 4, 1, "norm_bound"),
-        ("multi_krum", "exact_split", 6, 2, "trimmed_mean"),
-        ("trimmed_mean", "exact_split", 3, 1, "trimmed_mean"),
-        ("trimmed_mean", "exact_split", 4, 2, "norm_bound"),
-        ("median", "flora", 2, 1, "norm_bound"),
-        ("norm_bound", "hetlora", 1, 1, "norm_bound"),
-        ("none", "exact_split", 2, 5, "none"),
-    ],
-)
-def test_too_few_sites_take_the_next_weaker(
-    robust: str, rule: str, sites: int, byzantine: int, chosen: str
-) -> None:
-    choice = choose_estimator(AggregationConfig(rule=rule, robust=robust, byzantine=byzantine), sites)
-    assert choice.estimator.name == chosen
-    assert bool(choice.why) == (chosen != robust)
-    assert choice.estimator.least_sites() <= sites
-
-
-@pytest.mark.parametrize(
-    ("sites", "rule", "byzantine", "chosen", "cut"),
-    [
-        (1, "exact_split", 1, "norm_bound", None), (2, "exact_split", 1, "norm_bound", None),
-        (4, "exact_split", 1, "norm_bound", None), (5, "exact_split", 1, "trimmed_mean", 1),
-        (8, "exact_split", 1, "trimmed_mean", 1), (9, "exact_split", 1, "trimmed_mean", 1),
-        (20, "exact_split", 1, "trimmed_mean", 4), (20, "ffa", 6, "trimmed_mean", 6),
-        (5, "exact_split", 3, "norm_bound", None), (20, "fedit", 1, "norm_bound", None),
-    ],
-)  # fmt: skip
-def test_auto_goes_by_the_number_of_sites(
-    sites: int, rule: str, byzantine: int, chosen: str, cut: int | None
-) -> None:
-    choice = choose_estimator(AggregationConfig(rule=rule, robust="auto", byzantine=byzantine), sites)
-    assert choice.estimator.name == chosen
-    assert choice.why
-    if cut is not None:
-        assert choice.estimator.byzantine == cut
-
-
-def test_an_unknown_estimator_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"did you mean .*median"):
-        choose_estimator(AggregationConfig(robust="medan"), 5)
-
-
-def test_the_weaker_ones_end_at_one_that_any_site_can_have() -> None:
-    assert set(WEAKER) | {"none", "norm_bound"} == set(ESTIMATORS)
-    assert ESTIMATORS["norm_bound"](1).least_sites() == 1

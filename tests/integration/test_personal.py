@@ -114,7 +114,7 @@ def test_it_repeats_and_trains_factors_and_decoder_and_leaves_the_shared_part(
         assert torch.equal(one.tensors[name], tensor) == (".folded_" in name), name
 
 
-def test_its_steps_are_the_recipes_or_those_of_one_round(
+def test_its_steps_are_the_recipes_or_those_of_all_rounds(
     site: Site, plan: RunPlan, shared: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int]] = []
@@ -130,7 +130,7 @@ def test_its_steps_are_the_recipes_or_those_of_one_round(
     for steps in (3, None):
         chosen = replace(plan, aggregation=replace(plan.aggregation, personal_steps=steps))
         train_personal(site, chosen, shared, labelled(site, plan), FOREVER)
-    assert asked == [(3, 1), (plan.teacher.steps, 1)]
+    assert asked == [(3, 1), (plan.rounds * plan.teacher.steps, 1)]
 
 
 def test_an_adapter_of_another_preset_and_a_passed_deadline_are_refused(

@@ -46,13 +46,15 @@ def moved_by(rule: AggregationRule) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def settled(folder: Path, rule: AggregationRule, moved: Moved, **config: object) -> Settled:
+def settled(
+    folder: Path, rule: AggregationRule, moved: Moved, progress: float = 0.0, **config: object
+) -> Settled:
     """One round, opened and closed."""
     sent, answers = sent_to(rule, moved), Answers(folder)
     for site, steps in moved.items():
         answers.add(site, as_update(sent[site], steps, WEIGHTS[site]))
     rule.open_round()
-    found = settle(answers, rule, AggregationConfig(rule=rule.name, **config), sent)
+    found = settle(answers, rule, AggregationConfig(rule=rule.name, **config), sent, progress)
     rule.close_round()
     assert set(answers.sites()) >= set(found.taken)
     return found
@@ -116,6 +118,18 @@ def test_a_site_turned_round_is_quarantined_by_name(robust: str, tmp_path: Path)
     assert Rejection("e", OPPOSED) in settled(tmp_path, rule, moved, robust=robust).rejected
 
 
+def test_late_in_a_run_a_site_turned_round_is_borne_by_the_estimator(tmp_path: Path) -> None:
+    """No coordinate leaves what the honest sites sent, though nobody is quarantined."""
+    rule = begun()
+    before, moved = whole(rule.global_adapter()), moved_by(rule)
+    honest = torch.stack([dense_change(rule.adapter_for(site), moved[site]) for site in SITES[:-1]])
+    moved["e"] = {name: -step for name, step in moved["e"].items()}
+    assert settled(tmp_path, rule, moved, progress=0.5, robust="auto").rejected == []
+    change = whole(rule.global_adapter()) - before
+    assert bool((change >= honest.min(0).values - 1e-9).all())
+    assert bool((change <= honest.max(0).values + 1e-9).all())
+
+
 def test_a_quarantined_answer_is_dropped_from_the_disk(tmp_path: Path) -> None:
     rule = begun()
     moved = moved_by(rule)
@@ -170,7 +184,7 @@ def test_sites_that_moved_nothing_leave_everything_as_it_was(tmp_path: Path) -> 
 def test_a_round_that_nobody_answered_folds_nothing(tmp_path: Path) -> None:
     rule = begun()
     rule.open_round()
-    assert settle(Answers(tmp_path), rule, AggregationConfig(robust="auto"), {}).taken == []
+    assert settle(Answers(tmp_path), rule, AggregationConfig(robust="auto"), {}, 0.0).taken == []
     with pytest.raises(FederationError):
         rule.close_round()
 
