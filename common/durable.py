@@ -7,13 +7,13 @@ import os
 import shutil
 from pathlib import Path
 
-from common.errors import ArtefactError
+from common.errors import DiskFault
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``, or leave it as it was.
 
-    Raises ``ArtefactError`` if the disk is full or does not take it, with what to free and how to go on.
+    Raises ``DiskFault`` if the disk is full or does not take it, with what to free and how to go on.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -30,7 +30,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append ``line``. Raises ``ArtefactError`` like `write_atomic`."""
+    """Append ``line``. Raises ``DiskFault`` like `write_atomic`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
@@ -39,15 +39,15 @@ def append_line(path: Path, line: str) -> None:
         raise disk_fault(path.parent, error, len(line)) from error
 
 
-def disk_fault(folder: Path, error: OSError, needed: int) -> ArtefactError:
+def disk_fault(folder: Path, error: OSError, needed: int) -> DiskFault:
     """The error to raise when ``folder`` did not take ``needed`` bytes."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return ArtefactError(f"cannot write to {folder} ({error.strerror}): mend that, then use --resume")
+        return DiskFault(f"cannot write to {folder} ({error.strerror}): mend that, then use --resume")
     try:
         free = shutil.disk_usage(folder).free
     except OSError:
         free = 0
-    return ArtefactError(
+    return DiskFault(
         f"no space left in {folder}: {needed / 1e6:.1f} MB to write, {free / 1e6:.1f} MB free. Free at least "
         f"{max(needed - free, 0) / 1e6 + 1:.0f} MB on its disk, then run again with --resume: "
         "the last state that was saved is kept"

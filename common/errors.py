@@ -7,6 +7,7 @@
     ├── ConfigError          10   a recipe or a site file is wrong
     ├── DataError            11   images, masks or a manifest are wrong
     ├── ArtefactError        12   an adapter, a checkpoint or a state is bad or does not match
+    │   └── DiskFault        12   a file cannot be written: the disk is full or read-only
     ├── PolicyRefusal        20   a site's policy says no
     ├── BudgetExceeded       21   the privacy budget would be passed
     ├── VerificationFailed   22   a record does not hold
@@ -64,6 +65,10 @@ class DataError(WardroundError):
 class ArtefactError(WardroundError):
     exit_code = 12
     border_code = "ARTEFACT_MISMATCH"
+
+
+class DiskFault(ArtefactError):
+    pass
 
 
 class PolicyRefusal(WardroundError):

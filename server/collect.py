@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 
 from common import progress, wire
 from common.adapter import AdapterUpdate
-from common.errors import ArtefactError, DeadlinePassed
+from common.errors import ArtefactError, DeadlinePassed, DiskFault
 from common.plan import Stage
 from common.wire.sizes import is_larger, message_bytes
 from server.events import EventLog
@@ -156,7 +156,7 @@ class Collector:
     def run(self, errand: Errand, nodes: Mapping[str, int]) -> Collection:
         """One message to every site of ``nodes`` (site -> node id), and its answer or its drop.
 
-        Raises whatever ``errand`` raises other than ``ArtefactError``, and ``ArtefactError`` for a full disk.
+        Raises whatever ``errand`` raises other than ``ArtefactError``, and ``DiskFault``.
         """
         return _Loop(self, errand, nodes).run()
 
@@ -245,6 +245,8 @@ class _Loop:
     def _take(self, site: str, content: wire.Content) -> None:
         try:
             self.errand.take(site, content)
+        except DiskFault:
+            raise  # this machine's fault, no site's
         except ArtefactError as error:
             self._drop(site, "; ".join(error.faults) or error.message)
             return

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Error, Message
 import server.collect
 from common import wire
 from common.adapter import Adapter, AdapterUpdate
-from common.errors import ArtefactError
+from common.errors import ArtefactError, DiskFault
 from common.guard_api import StudentNote
 from common.plan import Round, Stage
 from server.collect import Collection, Collector, Errand, LiveUpdates
@@ -89,10 +89,13 @@ class Case:
         self.collector = Collector(self.grid, EventLog(folder / "events.jsonl"), **options)
         self.taken: list[str] = []
         self.reject: dict[str, str] = {}
+        self.full = False
 
     def run(self, deadline_s: float = 60.0) -> Collection:
         def take(site: str, content: wire.Content) -> None:
             assert wire.decode_note(content).site == site
+            if self.full:
+                raise DiskFault("/var/lib/wardround is full")
             if site in self.reject:
                 raise ArtefactError("rejected", [self.reject[site]])
             self.taken.append(site)
@@ -161,6 +164,13 @@ def test_a_rejected_answer_is_dropped_with_the_reason(tmp_path: Path) -> None:
     assert case.taken == ["b", "c"]
     dropped = [event for event in case.events() if event["event"] == "dropped"]
     assert [(event["site"], event["reason"]) for event in dropped] == [("a", "an extra tensor")]
+
+
+def test_a_full_disk_of_the_server_is_no_fault_of_the_site(tmp_path: Path) -> None:
+    case = Case(tmp_path, {1: [note("a")], 2: [note("b")], 3: [note("c")]})
+    case.full = True
+    with pytest.raises(DiskFault):
+        case.run()
 
 
 def test_an_answer_that_cannot_be_decoded_is_dropped(tmp_path: Path) -> None:
