@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -11,18 +9,19 @@ from client.dp.poisson import MicroBatch
 from common.errors import DataError
 
 
-def patient_sums(gradients: Tensor, batch: MicroBatch) -> Tensor:
-    """Weighted gradients of images (B, ...) added up by patient: (B, ...), zeros where no patient is.
+def add_up_patients(gradients: Tensor, batch: MicroBatch, rows: Tensor) -> None:
+    """Write weighted gradients of images (B, ...), added up by patient, over ``rows`` (B, n).
 
-    As many rows as images, so that shapes do not say how many patients there are.
+    As many rows as images, zeros after the patients, so that shapes do not say how many there are.
     """
     if batch.one_image_each:
-        return gradients
-    return torch.zeros_like(gradients).index_add_(0, batch.slots, gradients)
+        rows.copy_(gradients.flatten(1))
+    else:
+        rows.zero_().index_add_(0, batch.slots, gradients.flatten(1))
 
 
-def clip_factors(gradients: Mapping[str, Tensor], max_norm: float) -> Tensor:
-    """min(1, ``max_norm`` / norm) of each patient's gradient, taken as one over all tensors (P, ...): (P,).
+def clip_factors(rows: Tensor, max_norm: float) -> Tensor:
+    """min(1, ``max_norm`` / norm) of each patient's whole gradient (P, n): (P,).
 
     Guarantees: a gradient times its factor has norm <= ``max_norm`` (1 + 1e-5), whatever its length; norms
     are summed in float64, so that no finite gradient overflows.
@@ -30,25 +29,20 @@ def clip_factors(gradients: Mapping[str, Tensor], max_norm: float) -> Tensor:
     Raises:
         DataError: a gradient is not finite. Its text depends on no data but on that.
     """
-    squares = [
-        torch.linalg.vector_norm(part.flatten(1), dim=1, dtype=torch.float64).square()
-        for part in gradients.values()
-    ]
-    norms = torch.stack(squares).sum(0).sqrt()
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     if not bool(norms.isfinite().all()):
         raise DataError("a gradient is not finite: check the images, or lower the learning rate")
-    return max_norm / norms.clamp(min=max_norm)
+    factors: Tensor = max_norm / norms.clamp(min=max_norm)
+    return factors
 
 
-def add_clipped(total: Mapping[str, Tensor], gradients: Mapping[str, Tensor], max_norm: float) -> None:
-    """Clip each patient's gradient (P, *shape) to ``max_norm`` and add all of them to ``total`` (*shape).
+def add_clipped(total: Tensor, rows: Tensor, max_norm: float) -> None:
+    """Clip each patient's gradient (P, n) to ``max_norm`` and add all of them to ``total`` (n,).
 
     Guarantee: one patient more or less moves ``total`` by at most ``max_norm`` (1 + 1e-5).
 
     Raises:
         DataError: a gradient is not finite; ``total`` is as before.
     """
-    factors = clip_factors(gradients, max_norm)
-    for name, part in gradients.items():
-        flat = part.flatten(1)
-        total[name].view(-1).addmv_(flat.T, factors.to(flat.dtype))
+    factors = clip_factors(rows, max_norm).to(rows.dtype)
+    total.addmv_(rows.T, factors)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from client.dp.clipping import add_clipped
@@ -18,7 +17,7 @@ from client.dp.poisson import PoissonSampler, Row, micro_batches
 from client.dp.randomness import Randomness
 from client.dp.reference import Gradients, Reference, probe
 from client.dp.tasks import PrivateTask
-from client.dp.trained import Trained, refuse_untrainable
+from client.dp.trained import Layout, Trained, refuse_untrainable
 from common.errors import BudgetExceeded, ConfigError, DataError
 
 
@@ -72,21 +71,22 @@ class ClippedSum:
         self, task: PrivateTask, trained: Trained, max_grad_norm: float, execution: Execution
     ) -> None:
         refuse_untrainable(task, trained, None if execution.reference else RULES)
-        self._task, self._trained, self._max_norm = task, trained, max_grad_norm
-        self._physical_batch = execution.physical_batch
+        self.layout = Layout(trained)
+        self._task, self._max_norm, self._physical_batch = task, max_grad_norm, execution.physical_batch
+        self._like = next(iter(trained.values())).detach()
         self._gradients: Gradients = (Reference if execution.reference else OnePass)(task, trained)
         probe(task, trained, self._gradients)
 
-    def __call__(self, drawn: list[list[Row]]) -> dict[str, Tensor]:
-        """For ``drawn`` (each patient's rows) the sum, name -> (*shape); zeros for nobody.
+    def __call__(self, drawn: list[list[Row]]) -> Tensor:
+        """For ``drawn`` (each patient's rows) the sum, (`Layout.width`,); zeros for nobody.
 
         Raises:
             DataError: a gradient is not finite.
         """
-        total = {name: torch.zeros_like(live, requires_grad=False) for name, live in self._trained.items()}
+        total = self._like.new_zeros(self.layout.width)
         for batch in micro_batches(drawn, self._physical_batch):
-            gradients = self._gradients(self._task.inputs(batch.rows), batch)
-            add_clipped(total, gradients, self._max_norm)
+            rows = self._gradients(self._task.inputs(batch.rows), batch)
+            add_clipped(total, rows, self._max_norm)
         return total
 
 
@@ -121,7 +121,7 @@ class PrivateGradient:
                 f"physical_batch {execution.physical_batch} is below max_images_per_patient "
                 f"{terms.max_images_per_patient}: raise it, for a patient's images go together"
             )
-        self.terms, self._source, self._trained = terms, source, trained
+        self.terms, self._source = terms, source
         self._sampler = PoissonSampler(task.patients, terms.sample_rate, terms.max_images_per_patient)
         self._clipped_sum = ClippedSum(task, trained, terms.max_grad_norm, execution)
         self.steps_taken = first_step
@@ -150,11 +150,11 @@ class PrivateGradient:
             )
         self.steps_taken, self._sealed = index + 1, True
         clipped_sum = self._clipped_sum(self._sampler.draw(self._source))
-        noised = {name: self._noised(part) for name, part in clipped_sum.items()}
+        noised = self._noised(clipped_sum)
         self._sealed = False
-        return noised
+        return self._clipped_sum.layout.split(noised)
 
     def _noised(self, clipped_sum: Tensor) -> Tensor:
         """Added and divided in float64, then rounded once."""
-        noise = self._source.normals(clipped_sum.shape) * self.terms.noise_std
-        return ((clipped_sum.double() + noise) / self.terms.expected_batch).to(clipped_sum.dtype)
+        noised = self._source.normals(clipped_sum.shape).mul_(self.terms.noise_std).add_(clipped_sum)
+        return noised.div_(self.terms.expected_batch).to(clipped_sum.dtype)

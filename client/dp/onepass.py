@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from client.dp.clipping import patient_sums
+from client.dp.clipping import add_up_patients
 from client.dp.poisson import MicroBatch
 from client.dp.tasks import PrivateTask
-from client.dp.trained import Trained, TrainedLayer, trained_layers
+from client.dp.trained import Layout, Trained, TrainedLayer, trained_layers
 from common.errors import ConfigError
 
 backward_calls = 0  # of this process: tests assert that it is one a micro-batch
@@ -122,33 +122,37 @@ class OnePass:
 
     def __init__(self, task: PrivateTask, trained: Trained) -> None:
         self._task, self._trained = task, trained
-        self._layers = trained_layers(task, trained)
+        self._layers, self._layout = trained_layers(task, trained), Layout(trained)
+        self._rows = torch.empty(0)  # kept from one micro-batch to the next, which all have one shape
         self._anchor = torch.zeros((), requires_grad=True)  # outputs need a gradient though weights do not
 
-    def __call__(self, inputs: tuple[Tensor, ...], batch: MicroBatch) -> dict[str, Tensor]:
-        """Name -> (B, *shape): the gradients of the batch's patients, and zeros after them.
+    def __call__(self, inputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
+        """(B, `Layout.width`): the batch's patients' gradients, then zeros. Valid until the next call.
 
         Raises ``ConfigError`` if a layer is run twice, or not at all, or does not have the images first.
         """
         global backward_calls
-        found: dict[str, Tensor] = {}
-        with self._tapped(found, batch), torch.enable_grad():
+        written: set[str] = set()
+        shape = len(batch.rows), self._layout.width
+        if self._rows.shape != shape:
+            self._rows = next(iter(self._trained.values())).new_empty(shape)
+        with self._tapped(written, batch), torch.enable_grad():
             loss = (self._task(*inputs) * batch.weights).sum()
             loss.backward()
             backward_calls += 1
-        if missing := sorted(set(self._trained) - set(found)):
+        if missing := sorted(set(self._trained) - written):
             raise ConfigError(f"the loss does not run through {', '.join(missing)}: freeze it")
-        return found
+        return self._rows
 
     @contextmanager
-    def _tapped(self, found: dict[str, Tensor], batch: MicroBatch) -> Iterator[None]:
+    def _tapped(self, written: set[str], batch: MicroBatch) -> Iterator[None]:
         took = {name: parameter.requires_grad for name, parameter in self._trained.items()}
         handles = []
         try:
             for parameter in self._trained.values():
                 parameter.requires_grad_(False)
             for layer in self._layers:
-                handles.append(layer.module.register_forward_hook(self._hook(layer, found, batch)))
+                handles.append(layer.module.register_forward_hook(self._hook(layer, written, batch)))
             yield
         finally:
             for handle in handles:
@@ -156,16 +160,15 @@ class OnePass:
             for name, parameter in self._trained.items():
                 parameter.requires_grad_(took[name])
 
-    def _hook(
-        self, layer: TrainedLayer, found: dict[str, Tensor], batch: MicroBatch
-    ) -> Callable[..., Tensor]:
+    def _hook(self, layer: TrainedLayer, written: set[str], batch: MicroBatch) -> Callable[..., Tensor]:
         images, seen = len(batch.rows), [0]
 
         def show(given: Tensor, back: Tensor) -> None:
             given, back = (part.reshape(images, -1, *part.shape[1:]) for part in (given, back))
             gradients = RULES[type(layer.module)](layer.module, given, back, layer.names)
-            for attribute, gradient in gradients.items():
-                found[layer.names[attribute]] = patient_sums(gradient, batch)
+            for attribute, name in layer.names.items():
+                add_up_patients(gradients[attribute], batch, self._rows[:, self._layout.places[name]])
+                written.add(name)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             seen[0] += 1

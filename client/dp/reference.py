@@ -8,14 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from client.dp.clipping import patient_sums
+from client.dp.clipping import add_up_patients
 from client.dp.poisson import MicroBatch, micro_batches
 from client.dp.tasks import PrivateTask
-from client.dp.trained import Trained
+from client.dp.trained import Layout, Trained
 from common.errors import ConfigError
 
-Gradients = Callable[[tuple[Tensor, ...], MicroBatch], dict[str, Tensor]]
+Gradients = Callable[[tuple[Tensor, ...], MicroBatch], Tensor]
 TOLERANCE = 1e-4  # of a patient's gradient norm; rounding makes about 1e-6
 SHIFT = 0.02  # added to the parameters while probing: factors that start at zero hide an error behind them
 
@@ -28,8 +29,8 @@ class Reference:
         paths = {id(parameter): path for path, parameter in task.named_parameters()}
         self._paths = {name: paths[id(parameter)] for name, parameter in trained.items()}
 
-    def __call__(self, inputs: tuple[Tensor, ...], batch: MicroBatch) -> dict[str, Tensor]:
-        """Name -> (B, *shape): the gradients of the batch's patients, and zeros after them."""
+    def __call__(self, inputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
+        """(B, `Layout.width`): the batch's patients' gradients, then zeros."""
         live = {self._paths[name]: parameter.detach() for name, parameter in self._trained.items()}
         rest = {
             path: tensor.detach()
@@ -42,24 +43,27 @@ class Reference:
             return losses.sum() * weight
 
         each = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different", chunk_size=self._chunk)
-        found = each(live, inputs, batch.weights)
-        return {name: patient_sums(found[path], batch) for name, path in self._paths.items()}
+        with sdpa_kernel(SDPBackend.MATH):  # of attention kernels the one that vmap can batch
+            found = each(live, inputs, batch.weights)
+        each_image = torch.cat([found[path].flatten(1) for path in self._paths.values()], 1)
+        rows = torch.empty_like(each_image)
+        add_up_patients(each_image, batch, rows)
+        return rows
 
 
 def plain_gradients(
     task: PrivateTask, trained: Trained, inputs: tuple[Tensor, ...], batch: MicroBatch
-) -> dict[str, Tensor]:
+) -> Tensor:
     """As `Reference`, by one plain forward and backward for each patient alone."""
     parameters = list(trained.values())
-    found = {name: torch.zeros(len(batch.rows), *live.shape) for name, live in trained.items()}
+    rows = parameters[0].new_zeros(len(batch.rows), Layout(trained).width)
     with _taking_gradients(trained), torch.enable_grad():
         for slot in range(batch.patients):
             own = (batch.slots == slot) & (batch.weights > 0)
             loss = task(*(part[own] for part in inputs)).mean()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-            for name, gradient in zip(trained, gradients, strict=True):
-                found[name][slot] = gradient
-    return found
+            rows[slot] = torch.cat([gradient.flatten() for gradient in gradients])
+    return rows
 
 
 def probe(task: PrivateTask, trained: Trained, gradients: Gradients) -> None:
@@ -79,10 +83,12 @@ def probe(task: PrivateTask, trained: Trained, gradients: Gradients) -> None:
         wanted, found = plain_gradients(task, trained, inputs, batch), gradients(inputs, batch)
     if moved := [path for path, old in buffers.items() if not torch.equal(old, task.get_buffer(path))]:
         raise ConfigError(f"{', '.join(moved)} changes as images pass: nothing may be kept of them")
-    norms = torch.cat([part.flatten(1) for part in wanted.values()], 1).norm(dim=1)
-    allowed = TOLERANCE * norms[: batch.patients].clamp(min=1e-30)
-    off = {name: (found[name] - part).flatten(1).norm(dim=1) for name, part in wanted.items()}
-    wrong = [name for name, by in off.items() if not bool((by[: batch.patients] <= allowed).all())]
+    allowed = TOLERANCE * wanted.norm(dim=1)[: batch.patients].clamp(min=1e-30)
+    off = {
+        name: (found - wanted)[: batch.patients, place].norm(dim=1)
+        for name, place in Layout(trained).places.items()
+    }
+    wrong = [name for name, by in off.items() if not bool((by <= allowed).all())]
     if wrong:
         raise ConfigError(
             f"the gradients of {', '.join(wrong)} are not those of one patient alone: freeze what they "

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
@@ -35,6 +35,29 @@ class TrainedLayer:
     path: str
     module: nn.Module
     names: Mapping[str, str]
+
+
+class Layout:
+    """Where each of ``trained`` lies in one long row of numbers.
+
+    A patient's gradient is one row: its norm is taken and it is scaled as a whole.
+
+    Attributes:
+        width: of a row.
+        places: name -> its part of a row.
+    """
+
+    def __init__(self, trained: Trained) -> None:
+        self.width = 0
+        self.places: dict[str, slice] = {}
+        self._shapes = {name: parameter.shape for name, parameter in trained.items()}
+        for name, shape in self._shapes.items():
+            self.places[name] = slice(self.width, self.width + shape.numel())
+            self.width += shape.numel()
+
+    def split(self, row: Tensor) -> dict[str, Tensor]:
+        """``row`` (width,) as name -> tensor of the parameter's shape, sharing memory."""
+        return {name: row[place].view(self._shapes[name]) for name, place in self.places.items()}
 
 
 def trained_layers(network: nn.Module, trained: Trained) -> list[TrainedLayer]:
