@@ -59,6 +59,7 @@ class Job:
     tokens: int = 64
     batch: int = 8
     repetitions: int = 15
+    memory: bool = True
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,8 @@ def _row(name: str, off: float | None, times: dict[str, list[float]], job: Job) 
         return Row(name, off, nothing, nothing, nothing, nothing)
     own, base = times[name], times["plain"]
     ratio = statistics.median(one / other for one, other in zip(own, base, strict=True))
-    return Row(name, off, statistics.median(own), ratio, min(own) / min(base), peak_of(name, job))
+    peak = peak_of(name, job) if job.memory else float("nan")
+    return Row(name, off, statistics.median(own), ratio, min(own) / min(base), peak)
 
 
 def _noise_ms(task: PrivateTask, repetitions: int = 20) -> float:
@@ -335,13 +337,14 @@ def as_text(outcome: Outcome) -> str:
 @click.option("--tokens", type=click.Choice(["0", "64", "256", "1024"]), default="64", show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=Job.batch, show_default=True)
 @click.option("--repetitions", type=click.IntRange(1), default=Job.repetitions, show_default=True)
+@click.option("--memory/--no-memory", default=True, show_default=True)
 @click.option("--peak-of", type=click.Choice(list(CONTENDERS)), hidden=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def main(tokens: str, batch: int, repetitions: int, peak_of: str | None, as_json: bool) -> None:
+def main(tokens: str, batch: int, repetitions: int, memory: bool, peak_of: str | None, as_json: bool) -> None:
     """Measure a private step beside a plain one; 0 tokens: the decoder behind cached features."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # Opacus warns of hooks that its own wrapper sets
-    job = Job(int(tokens), batch, repetitions)
+    job = Job(int(tokens), batch, repetitions, memory)
     if peak_of:
         click.echo(own_peak(peak_of, job))
         return
