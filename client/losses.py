@@ -33,6 +33,22 @@ def segmentation_loss(logits: Tensor, target: Tensor, exclusive: bool) -> Tensor
     return cross + soft_dice_loss(probabilities(logits, exclusive), target)
 
 
+def image_losses(logits: Tensor, target: Tensor, exclusive: bool) -> Tensor:
+    """(B,): what `segmentation_loss` is of each image alone; both (B, C, S, S).
+
+    For gradients taken image by image, where the Dice of a whole batch has no meaning.
+    """
+    if excludes(logits, exclusive):
+        shares = torch.cat([background(target), target], 1)
+        cross = F.cross_entropy(beside_background(logits), shares, reduction="none").mean((1, 2))
+    else:
+        cross = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2, 3))
+    probability = probabilities(logits, exclusive)
+    both = (probability * target).sum((2, 3))
+    total = probability.sum((2, 3)) + target.sum((2, 3))
+    return cross + (1 - (2 * both + 1) / (total + 1)).mean(1)
+
+
 def softened_logit_loss(student: Tensor, teacher: Tensor, temperature: float, exclusive: bool) -> Tensor:
     """T^2 KL(teacher || student) of the softened outputs (Hinton et al. 2015).
 

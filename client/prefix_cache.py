@@ -242,7 +242,7 @@ def training_views(
     cut, depth = _cut(network, adapter, settings.cached_views), len(encoder.blocks)
     size, drawing = plan.data.image_size, derive_seed(plan.seed, "views")
     views = draw_views(patients, size, settings.cached_views, drawing)
-    prefix = _kept_prefix(network, adapter, views.images, cut, folder)
+    prefix = kept_prefix(network, adapter, views.images, cut, folder)
     batches = shuffled(len(views), settings.batch_size, seed)
 
     def loss_at() -> Tensor:
@@ -265,9 +265,10 @@ def _cut(network: Teacher, adapter: Adapter, views: int) -> int:
     return cut
 
 
-def _kept_prefix(
+def kept_prefix(
     network: Teacher, adapter: Adapter, images: Tensor, cut: int, folder: Path | None
 ) -> Progress:
+    """What the first ``cut`` blocks make of ``images``: kept in ``folder``, a site's, if there is one."""
     if folder is None:
         return run_prefix(network, images, cut)
     key = prefix_key(network, adapter, images, cut)

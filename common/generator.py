@@ -90,20 +90,31 @@ def signal_shares() -> Tensor:
     return shares
 
 
-def diffusion_loss(
-    network: StyleDiffusion, image: Tensor, mask: Tensor, style: Tensor, generator: torch.Generator
+def draw_noise(image: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """For images (B, 3, S, S) a random time (B,) and noise (B, 12, S/2, S/2)."""
+    time = torch.randint(0, len(signal_shares()), (len(image),), generator=generator)
+    batch, channels, height, width = image.shape
+    return time, torch.randn((batch, 4 * channels, height // 2, width // 2), generator=generator)
+
+
+def denoising_errors(
+    network: StyleDiffusion, image: Tensor, mask: Tensor, style: Tensor, time: Tensor, noise: Tensor
 ) -> Tensor:
-    """Weighted squared error of the clean image at a random time; ``image`` (B, 3, S, S) in [0, 1]."""
+    """Weighted squared error of each clean image, (B,); ``image`` (B, 3, S, S) in [0, 1], `draw_noise`."""
     clean = haar(image * 2 - 1)
-    shares = signal_shares()
-    time = torch.randint(0, len(shares), (len(image),), generator=generator)
-    share = shares[time].view(-1, 1, 1, 1)
-    noise = torch.randn(clean.shape, generator=generator)
+    share = signal_shares()[time].view(-1, 1, 1, 1)
     noisy = share.sqrt() * clean + (1 - share).sqrt() * noise
     error = (network(noisy, time, mask, style) - clean).square().mean((1, 2, 3))
     signal_to_noise = (share / (1 - share)).flatten()
-    loss: Tensor = (error * (1 + 0.5 * signal_to_noise.clamp(max=5))).mean()
-    return loss
+    weighted: Tensor = error * (1 + 0.5 * signal_to_noise.clamp(max=5))
+    return weighted
+
+
+def diffusion_loss(
+    network: StyleDiffusion, image: Tensor, mask: Tensor, style: Tensor, generator: torch.Generator
+) -> Tensor:
+    """The mean of `denoising_errors` at random times; ``image`` (B, 3, S, S) in [0, 1]."""
+    return denoising_errors(network, image, mask, style, *draw_noise(image, generator)).mean()
 
 
 def shipped_generator(name: str) -> StyleDiffusion:

@@ -116,11 +116,12 @@ def own_peaks(way: str, tokens: int) -> list[float]:
     found = []
     for mode in MODES:
         warm_up(mode)
-        found.append(_growth(lambda mode=mode: call(module, hidden, mode)))  # type: ignore[misc]
+        found.append(growth(lambda mode=mode: call(module, hidden, mode)))  # type: ignore[misc]
     return found
 
 
-def _growth(work: Callable[[], object]) -> float:
+def growth(work: Callable[[], object]) -> float:
+    """Megabytes of resident memory that ``work`` adds at its peak (Linux)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide the growth
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back

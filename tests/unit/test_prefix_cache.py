@@ -390,6 +390,11 @@ def test_to_forget_leaves_nothing_behind(tmp_path: Path, made: Progress) -> None
 def test_only_the_training_reaches_the_cache() -> None:
     """The exit (`client.egress`), the guard and the courier never see it."""
     users = {name_of(path) for path in modules() if "client.prefix_cache" in imports_of(path)}
-    assert users == {"client.adaptation", "client.workshop", "simulations.benchmark.prefix"}
+    assert users == {
+        "client.adaptation",
+        "client.dp.tasks",
+        "client.workshop",
+        "simulations.benchmark.prefix",
+    }
     (own,) = (path for path in modules() if name_of(path) == "client.prefix_cache")
     assert not {"client.egress", "client.guard", "common.wire", "common.guard_api"} & set(imports_of(own))
