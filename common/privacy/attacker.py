@@ -36,7 +36,7 @@ def true_positive_rates(
 
 
 def curve_rates(events: Iterable[Event], rates: Sequence[float]) -> list[float]:
-    """The least of ``min(e^eps a + delta, 1 - e^-eps (1 - delta - a))`` over the curve, for noised ``events``.
+    """The least of ``min(e^eps a + delta, 1 - e^-eps (1 - delta - a))`` over the curve.
 
     Kairouz et al. 2015; Dong et al. 2022. Rounded pessimistically, so never below the truth.
     """
