@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from common.canonical import sha256_of
 from common.errors import ArtefactError, BudgetExceeded, PolicyRefusal
 from common.privacy.budget import Caps, Histories, Spend, booked_epsilon, settled
 from common.privacy.entries import (
@@ -33,6 +34,7 @@ from common.privacy.journal import LEDGER, Head, Journal
 from common.privacy.keys import NEXT_KEY, SiteKeys, create_key, public_key, sign
 from common.privacy.members import Members, Moves
 
+RECEIPTS = "receipts.jsonl"
 REPORTED_DELTAS = (1e-3, 1e-5)
 _NOWHERE, _NOBODY, _NOTHING = Context(), Cohort(), MappingProxyType[str, Any]({})
 _RECORDS = (EntryType.policy, EntryType.plan, EntryType.rehearsal, EntryType.refuse, EntryType.audit,
@@ -245,7 +247,7 @@ class Ledger:
             stage=stage,
             payload=rest.get("payload", []),
             epsilon_after={},
-            detail=rest.get("detail", {}),
+            detail={**rest.get("detail", {}), **receipts_anchor(self.folder)},
         )
         trial = self.histories.copy()
         trial.apply(entry)
@@ -283,6 +285,15 @@ class Ledger:
         detail = {**rest.get("detail", {}), "settles": reserved.seq}
         entry = self._append(kind, context, reserved.stage, events=executed, rest={**rest, "detail": detail})
         return entry.seq
+
+
+def receipts_anchor(folder: Path) -> dict[str, Any]:
+    """Length and digest of the receipts so far, so that the ledger vouches for them too."""
+    path = folder / RECEIPTS
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    return {"receipts": {"bytes": len(data), "sha256": sha256_of(data)}}
 
 
 def covers(reserved: Sequence[Event], executed: Sequence[Event]) -> bool:
