@@ -22,6 +22,7 @@ from common import progress
 from common.commands import doctor, teacher
 from common.errors import DEFECT_EXIT_CODE, INTERRUPTED_EXIT_CODE, WardroundError
 from common.interrupts import resume_hint
+from common.privacy.commands import privacy
 from server.commands import report
 from simulations.commands import demo, recipes, simulate, validate
 
@@ -98,7 +99,7 @@ def main() -> None:
         os.environ.setdefault(name, value)
 
 
-for command in (demo, simulate, recipes, validate, report, data, teacher, student, doctor):
+for command in (demo, simulate, recipes, validate, report, data, teacher, student, privacy, doctor):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -60,6 +60,9 @@ def test_the_published_commands_are_there() -> None:
     published = {
         "demo", "simulate", "recipes", "validate", "report", "data check", "data describe", "teacher list",
         "teacher info", "teacher import", "student predict", "student evaluate", "doctor",
+        "privacy plan", "privacy curve", "privacy verify", "privacy policy new", "privacy policy sign",
+        "privacy policy show", "privacy policy check", "privacy ledger show", "privacy ledger checkpoint",
+        "privacy ledger merge",
     }  # fmt: skip
     assert published <= {" ".join(path) for path in PATHS}
 
