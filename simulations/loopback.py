@@ -7,13 +7,13 @@ nothing is shared by reference. The sites work one after another, in the order o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -26,6 +26,7 @@ from server.app import app as server_app
 RUN_ID = 1
 SERVER_NODE_ID = 1
 FIRST_NODE_ID = 1000
+Courier: TypeAlias = Callable[[Message, Context], Message]  # a ClientApp, or what stands before one
 
 
 class LoopbackGrid(Grid):
@@ -33,7 +34,7 @@ class LoopbackGrid(Grid):
 
     window = 1  # one site at a time: a message is pushed when its site starts to work on it
 
-    def __init__(self, client: ClientApp, nodes: int) -> None:
+    def __init__(self, client: Courier, nodes: int) -> None:
         self._client = client
         self._replies: dict[str, bytes] = {}
         self._contexts = {

@@ -22,7 +22,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
@@ -55,7 +55,7 @@ from server.events import EventLog
 from server.phases import Walk
 from server.planning import code_sha256
 from simulations.benchmark.pool import Pool
-from simulations.loopback import LoopbackGrid, environment, task_identity
+from simulations.loopback import Courier, LoopbackGrid, environment, task_identity
 from simulations.results import spread
 from simulations.simulate import prepare_sites
 
@@ -195,10 +195,10 @@ def _federated(pool: Pool, row: Row, recipe: Recipe, folder: Path) -> Cell:
     )
 
 
-def walked(recipe: Recipe, folder: Path) -> Walk:
-    """The walk of ``recipe`` in ``folder``, at the end of the teacher's rounds."""
+def walked(recipe: Recipe, folder: Path, courier: Courier = client_app) -> Walk:
+    """The walk of ``recipe`` in ``folder``, with ``courier`` at every site, after the teacher's rounds."""
     run, sites = folder / "run", folder / "sites"
-    grid = LoopbackGrid(client_app, len(prepare_sites(recipe, sites)))
+    grid = LoopbackGrid(courier, len(prepare_sites(recipe, sites)))
     collector = Collector(grid, EventLog(run / "events.jsonl"), grid.window)
     with environment({"WARDROUND_SITES": str(sites)}), task_identity():
         walk = Walk(collector, recipe, run)
@@ -228,34 +228,44 @@ def tested(pool: Pool, teacher: ResidentTeacher, adapter: Adapter) -> dict[str, 
 class CellFile:
     """Cells of one recipe, its overrides and this code, kept in ``path``; None keeps them for now alone.
 
-    Raises ``UsageError`` where the file holds those of others.
+    A cell is of ``kind``, a dataclass with ``row`` and ``seed``. Raises ``UsageError`` where the file holds
+    those of others.
     """
 
-    def __init__(self, path: Path | None, recipe: str, overrides: Sequence[str]) -> None:
+    def __init__(self, path: Path | None, recipe: str, overrides: Sequence[str], kind: type = Cell) -> None:
         self.path = path
         self.about: dict[str, Any] = {
             "recipe": recipe, "overrides": list(overrides), "code_sha256": code_sha256(),
             "torch": torch.__version__,
         }  # fmt: skip
-        self.cells: list[Cell] = []
+        self.cells: list[Any] = []
         if path is not None and path.exists():
             held = json.loads(path.read_text())
-            self.cells = [rebuild(Cell, cell) for cell in held.pop("cells")]
+            self.cells = [rebuild(kind, cell) for cell in held.pop("cells")]
             if held != self.about:
                 raise UsageError(f"{path} holds another recipe, other settings or another code: name another")
 
-    def get(self, row: Row, seed: int) -> Cell | None:
+    def get(self, row: Any, seed: int) -> Any:
         return next((cell for cell in self.cells if (cell.row, cell.seed) == (row, seed)), None)
 
-    def add(self, cell: Cell) -> None:
+    def add(self, cell: Any) -> None:
         self.cells.append(cell)
         if self.path is not None:
             cells = [asdict(one) for one in self.cells]
             self.path.write_text(json.dumps({**self.about, "cells": cells}, indent=1) + "\n")
 
 
-def compare(seeds: Sequence[int], rows: Sequence[Row], kept: CellFile) -> list[Cell]:
-    """Every row with every seed, in the rows' order."""
+def compare(
+    seeds: Sequence[int],
+    rows: Sequence[Any],
+    kept: CellFile,
+    measured: Callable[[Pool, Any, Path], Any] | None = None,
+) -> list[Any]:
+    """Every row with every seed, in the rows' order.
+
+    Args:
+        measured: what gives a cell; None: `measure`.
+    """
     for seed in seeds:
         missing = [row for row in rows if kept.get(row, seed) is None]
         if not missing:
@@ -265,7 +275,7 @@ def compare(seeds: Sequence[int], rows: Sequence[Row], kept: CellFile) -> list[C
             pool = Pool.prepare(recipe, Path(folder) / "pool")
             for number, row in enumerate(missing):
                 progress.stage(f"seed {seed}: {row}")
-                cell = measure(pool, row, Path(folder) / str(number))
+                cell = (measured or measure)(pool, row, Path(folder) / str(number))
                 kept.add(cell)
                 progress.stage(f"seed {seed}: {row}: Dice {cell.dice['all']:.3f}, {cell.cpu_s:.0f} CPU s")
     progress.end()

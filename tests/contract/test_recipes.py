@@ -24,7 +24,7 @@ def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Recipe:
 
 
 def test_every_recipe_was_found() -> None:
-    assert {path.stem for path in RECIPES} >= {"demo", "nuclei", "retina", "smoke"}
+    assert {path.stem for path in RECIPES} >= {"demo", "five", "nuclei", "retina", "smoke"}
     assert [path.stem for path in RECIPES] == [name for name, _ in list_recipes()]
     assert sorted(path.name for path in CONFIG_DIR.rglob("*.y*ml")) == sorted(
         [*(path.name for path in RECIPES), "base.yaml"]

@@ -170,6 +170,11 @@ def head(value: float) -> torch.Tensor:
     return torch.full((3, 4), value, dtype=WIRE)
 
 
+def _still(update: AdapterUpdate) -> AdapterUpdate:
+    """It learnt nothing at all."""
+    return _with(update, **{name: torch.zeros_like(step) for name, step in update.adapter.tensors.items()})
+
+
 def _other_half(update: AdapterUpdate) -> AdapterUpdate:
     """Its factors are of the half whose turn it is not: A in the shape of its layer, for a B that was due."""
     kept = {name: t for name, t in update.adapter.tensors.items() if not name.endswith(".lora_B")}
@@ -182,6 +187,7 @@ TAMPER: dict[str, Callable[[AdapterUpdate], AdapterUpdate]] = {
     "nan": lambda update: _with(update, decoder__head__weight=head(float("nan"))),
     "extra": lambda update: _with(update, patient_0017=torch.ones(2, dtype=WIRE)),
     "half": _other_half,
+    "still": _still,
     "shape": lambda update: _with(update, decoder__head__weight=head(1.0).T),
     "base": lambda update: replace(update, adapter=replace(update.adapter, base_sha256="cd" * 32)),
     "preset": lambda update: replace(update, adapter=replace(update.adapter, preset="lite")),

@@ -152,6 +152,42 @@ def test_too_few_sites_end_the_run_with_exit_30(tmp_path: Path) -> None:
     assert caught.value.faults == ("a: SITE_FAILED", "b: a value that is not finite")
 
 
+@pytest.mark.parametrize("robust", ["none", "auto"])
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_round_in_which_no_site_learns_moves_nothing(tmp_path: Path, robust: str, last: int) -> None:
+    """Nothing is divided by the zeros that they sent; in the first round they were sent B = 0, too."""
+
+    def teacher_after(rounds: int, wrong: dict[str, str]) -> Adapter:
+        aggregation = AggregationConfig(max_rank=8, robust=robust)
+        settings = replace(recipe(), run=replace(recipe().run, rounds=rounds), aggregation=aggregation)
+        consortium = Consortium(tmp_path / str(rounds), settings, dict.fromkeys(SITES, wrong))
+        outcome = consortium.go()
+        assert all(answered(outcome, "adapt", index) == list(SITES) for index in range(rounds))
+        return Adapter.load(consortium.run_dir / "teacher" / "adapter.safetensors")
+
+    found = teacher_after(last + 1, {f"adapt:{last}": "still"})
+    before = teacher_after(last, {}) if last else fake_guard.first_adapter()
+    assert found.layers() == before.layers()
+    for layer in before.layers():
+        assert torch.allclose(found.change(layer), before.change(layer), atol=1e-6)
+    head = "decoder.head.weight"
+    rounded = before.tensors[head].to(torch.bfloat16).float()
+    assert torch.allclose(found.tensors[head], rounded, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", ["refuse", "raise", "nan", "huge"])
+def test_a_round_that_every_site_fails_ends_the_run_and_can_be_made_again(tmp_path: Path, wrong: str) -> None:
+    """Whether the sites refuse, or the server refuses what they send."""
+    whole = Consortium(tmp_path / "whole", recipe()).go()
+    consortium = Consortium(tmp_path / "failed", recipe(), {site: {"adapt:1": wrong} for site in SITES})
+    with pytest.raises(FederationError, match="stage adapt, round 1: 0 site") as caught:
+        consortium.go()
+    assert len(caught.value.faults) == len(SITES)
+    for site in SITES:
+        consortium.behave(site, {})
+    assert consortium.go().adapter_sha256 == whole.adapter_sha256
+
+
 def test_too_many_late_sites_end_the_run_with_exit_31(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
