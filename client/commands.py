@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.commands import print_json
+from common.console import print_json
 from common.errors import DataError
 
 if TYPE_CHECKING:

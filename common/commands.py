@@ -9,14 +9,10 @@ from typing import Any
 
 import click
 
+from common.console import print_json
 from common.errors import ConfigError
 
 SHOWN_TARGETS = 4  # of an adapter preset, in a line of `teacher info`; --json has them all
-
-
-def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 @click.group()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from common.commands import print_json
+from common.console import print_json
 
 
 @click.command()

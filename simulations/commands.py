@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from common import interrupts, progress
-from common.commands import print_json
+from common.console import print_json
 from common.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:

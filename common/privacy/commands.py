@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from common.commands import print_json
+from common.console import print_json
 from common.privacy.ledger_commands import AS_JSON, FILE, ledger_group, open_ledger
 from common.privacy.policy_commands import policy_group
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.commands import print_json
+from common.console import print_json
 
 if TYPE_CHECKING:
     from common.privacy.ledger import Ledger

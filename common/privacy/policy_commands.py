@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from common.commands import print_json
+from common.console import print_json
 from common.privacy.ledger_commands import AS_JSON, FILE, open_ledger
 
 

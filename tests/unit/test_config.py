@@ -247,7 +247,7 @@ def test_a_broken_value_hides_no_other_fault_and_causes_none(write: Callable[[st
 
 
 def test_an_unknown_recipe_lists_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"did you mean demo\? choose from demo, nuclei, retina, smoke"):
+    with pytest.raises(ConfigError, match=r"did you mean demo\? choose from demo, five, nuclei, retina, smoke"):
         config.load_recipe("dmo")
     with pytest.raises(ConfigError, match=r"there is no file somewhere/demo\.yaml"):
         config.load_recipe("somewhere/demo.yaml")
@@ -384,7 +384,7 @@ def test_a_saved_site_reads_back_as_the_same_site(tmp_path: Path) -> None:
 
 def test_the_listed_recipes_have_descriptions() -> None:
     listed = config.list_recipes()
-    assert [name for name, _ in listed] == ["demo", "nuclei", "retina", "smoke"]
+    assert [name for name, _ in listed] == ["demo", "five", "nuclei", "retina", "smoke"]
     assert all(len(description) > 20 for _, description in listed)
 
 

@@ -394,6 +394,7 @@ def test_only_the_training_reaches_the_cache() -> None:
         "client.adaptation",
         "client.dp.tasks",
         "client.workshop",
+        "simulations.benchmark.dp",
         "simulations.benchmark.prefix",
     }
     (own,) = (path for path in modules() if name_of(path) == "client.prefix_cache")
