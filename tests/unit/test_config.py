@@ -78,8 +78,7 @@ ONE_FAULT = [
     ("sites.west.student=x", "sites[1].student", "there is no 'x'; choose from unet-xs"),
     ("generator.name=x", "generator.name", "there is no 'x'; choose from ward-diffusion-tiny"),
     ("generator.scope=styl", "generator.scope", "did you mean style?"),
-    ("privacy.epsilon=8", "privacy.epsilon", "not in this version; leave it empty"),
-    ("privacy.noise_multiplier=1", "privacy.noise_multiplier", "not in this version; leave it empty"),
+    ("privacy.steps=9", "privacy", "settings of differential privacy, and no noise; add privacy.noise_mult"),
     ("run.min_sites=3", "run.min_sites", "it asks for 3 sites and the recipe has 2"),
     ("generator.sampler_steps=50", "generator.sampler_steps", "at most 20"),
     ("name=../up", "name", "'../up' cannot name a folder; use letters, digits"),
@@ -247,7 +246,9 @@ def test_a_broken_value_hides_no_other_fault_and_causes_none(write: Callable[[st
 
 
 def test_an_unknown_recipe_lists_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"did you mean demo\? choose from demo, five, nuclei, retina, smoke"):
+    with pytest.raises(
+        ConfigError, match=r"did you mean demo\? choose from demo, five, nuclei, retina, smoke"
+    ):
         config.load_recipe("dmo")
     with pytest.raises(ConfigError, match=r"there is no file somewhere/demo\.yaml"):
         config.load_recipe("somewhere/demo.yaml")
