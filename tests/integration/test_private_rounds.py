@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ import client.site as site_module
 import client.workshop as workshop
 from client.account import MECHANISM, Account
 from client.dp.randomness import SeededRandomness
-from client.egress import Egress, EgressRefusal
+from client.egress import Egress, EgressRefusal, Noised
 from client.guard import Guard
 from client.private_adaptation import learning_rate, private_step
 from client.site import Site
@@ -41,6 +42,7 @@ from common.recipe import SiteFile
 from common.teacher import initial_adapter, resident_teacher
 from server.planning import build_plan
 from simulations.phantoms import write_site
+from simulations.privacy_record import privacy_entry
 
 SETTINGS = [
     "teacher.adapter=decoder", "privacy.noise_multiplier=1.5", "privacy.steps=2", "privacy.sample_rate=0.5",
@@ -139,9 +141,7 @@ def test_what_leaves_is_minus_the_rate_times_what_the_mechanism_made(home: Path,
         assert torch.equal(packed[name], (-rate * gradient).to(torch.bfloat16)), name
 
 
-def test_noise_from_a_seed_does_not_leave(
-    home: Path, plan: RunPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_noise_from_a_seed_does_not_leave(home: Path, plan: RunPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     guard = agreed(home, plan)
 
     def seeded(*arguments: Any) -> Any:
@@ -167,18 +167,15 @@ def test_an_update_without_its_reservation_stays(home: Path, plan: RunPlan) -> N
     assert not (home / "receipts.jsonl").exists()
 
 
-def test_a_tensor_that_no_step_made_stays(
-    home: Path, plan: RunPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tensor_that_no_step_made_stays(home: Path, plan: RunPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the plan lists it: what the mechanism trained decides."""
     guard = agreed(home, plan)
-    monkeypatch.setattr(client.guard, "Noised", lambda paid, names: real(paid, frozenset(sorted(names)[1:])))
+    monkeypatch.setattr(
+        client.guard, "Noised", lambda paid, names: Noised(paid, frozenset(sorted(names)[1:]))
+    )
     with pytest.raises(PolicyRefusal, match="not made by the private mechanism") as caught:
         guard.adapt(order(plan, Stage.adapt), start(plan))
     assert caught.value.field == "payload.outbound"
-
-
-real = client.guard.Noised
 
 
 class Killed(BaseException):
@@ -217,6 +214,31 @@ def test_a_release_without_noise_ends_the_guarantee_for_good(home: Path, plan: R
     account.check()
     account.begin()
     assert account.reserve(site.patients(plan.data, plan.seed)).epsilon is None
+
+
+def test_the_report_claims_a_guarantee_only_where_nothing_else_left(home: Path, plan: RunPlan) -> None:
+    """The same rounds, and in the second run a style summary beside them."""
+    guard = agreed(home, plan)
+    guard.adapt(order(plan, Stage.adapt), start(plan))
+    alone = privacy_entry(guard.site, plan)
+    assert (alone.guarantee, alone.delta, alone.unit) == (True, 1e-5, "patient")
+    assert alone.epsilon == pytest.approx(entries(home)[-1].epsilon_after["1e-05"], abs=1e-5)
+    assert alone.ledger_head == entries(home)[-1].hash
+    assert [stage.mechanism for stage in alone.stages] == ["public", "dp_sgd", "public"]
+    styled = build_plan(load_recipe("smoke", [*SETTINGS[:4], "baselines=[]"]), "styled-run")
+    guard = agreed(home, styled)
+    guard.style(order(styled, Stage.style))
+    bare = privacy_entry(guard.site, styled)
+    assert (bare.guarantee, bare.epsilon, bare.delta) == (False, None, None)
+    assert {stage.stage for stage in bare.stages if stage.mechanism == "none"} == {
+        "style",
+        "student",
+        "evaluate",
+    }
+    assert privacy_entry(guard.site, plan).guarantee is False, (
+        "nor do they have one for what they gave before"
+    )
+    assert verify(read_bundle(home), Evidence()).faults == []
 
 
 # --- the officer's policy -----------------------------------------------------------------------------
@@ -320,6 +342,28 @@ def rolled_back(office: Office) -> RunPlan:
     return replace(office.plan, run_id="the next run")
 
 
+_recording: list[str] | None = None
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _recording is not None:
+        _recording.append(str(arguments[0]))
+
+
+sys.addaudithook(_audit)  # of the interpreter: no way of opening a file goes round it
+
+
+@contextmanager
+def opened_files() -> Iterator[list[str]]:
+    """The paths of all files that are opened meanwhile."""
+    global _recording
+    _recording = found = []
+    try:
+        yield found
+    finally:
+        _recording = None
+
+
 REFUSED: list[tuple[Callable[[Office], RunPlan], str, str]] = [
     (more_epsilon, "REFUSED_POLICY", "max_epsilon_per_run"),
     (total_spent, "REFUSED_BUDGET", ""),
@@ -344,13 +388,12 @@ def test_a_plan_against_the_policy_is_refused_before_any_data_file_is_opened(
 ) -> None:
     asked = wrong(Office(home, plan))
     site_module._patients.cache_clear()
-    opened: list[str] = []
-    real_open = builtins.open
-    monkeypatch.setattr(builtins, "open", lambda *a, **k: opened.append(str(a[0])) or real_open(*a, **k))
     monkeypatch.setattr(Site, "patients", lambda *_: pytest.fail("data were asked for"))
-    answer = Guard(Site.open(home)).propose(asked, order(asked, Stage.propose))
+    with opened_files() as opened:
+        answer = Guard(Site.open(home)).propose(asked, order(asked, Stage.propose))
     assert (answer.agrees, answer.code, answer.field) == (False, code, field)
-    assert not any("data" in Path(name).parts for name in opened)
+    assert str(home / "policy.json") in opened, "the hook sees what is opened"
+    assert not any((home / "data") in Path(name).parents for name in opened)
 
 
 def test_a_policy_that_runs_out_between_rounds_stops_them(home: Path, plan: RunPlan) -> None:
