@@ -226,6 +226,10 @@ def request_message(content: Content, node_id: int, stage: Stage, ttl_s: float) 
     return Message(content, node_id, ACTIONS[stage], ttl=ttl_s)
 
 
+def reply_message(content: Content, request: Message) -> Message:
+    return Message(content, reply_to=request)
+
+
 def message_bytes(message: Message) -> int:
     """Size of the serialized message, bytes."""
     size: int = message_to_proto(message).ByteSize()

@@ -90,9 +90,16 @@ def model_digests(recipe: Recipe) -> dict[str, str]:
     return models
 
 
-def build_plan(recipe: Recipe, run_id: str) -> RunPlan:
-    """The whole job as one object with one digest. Raises ``ArtefactError`` for models that are not there."""
-    first = first_adapters(recipe)
+def build_plan(recipe: Recipe, run_id: str, first: FirstAdapters | None = None) -> RunPlan:
+    """The whole job as one object with one digest.
+
+    Args:
+        first: what the rounds start from; None: `first_adapters` of the recipe.
+
+    Raises:
+        ArtefactError: a model is not there.
+    """
+    first = first or first_adapters(recipe)
     stages = run_stages(recipe)
     return RunPlan(
         run_id=run_id,
