@@ -68,7 +68,7 @@ def measure(steps: RoundSteps) -> Geometry:
 
 @dataclass(frozen=True)
 class _Stacked:
-    """One layer's changes of some sites: (out, R), (R, in), and in ``belongs`` (R, sites) whose each rank is."""
+    """One layer of some sites: (out, R), (R, in), and in ``belongs`` (R, sites) whose each rank is."""
 
     left: Tensor
     right: Tensor

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import server.geometry
 from server.geometry import Geometry, measure
 from server.steps import Group, RoundSteps
 from tests.contract.dense_algebra import LAYERS, shares_of
