@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from client.account import MECHANISM, Account, Reservation
+from client.dp.trained import refuse_uncovered
+from client.patients import Patient
 from common.adapter import AdapterUpdate
 from common.canonical import canonical_json, sha256_of
 from common.errors import ArtefactError
 from common.plan import PayloadSpec, RunPlan, Stage, Variant
+from common.precision import SCALE
+from common.privacy.entries import Payload
+from common.privacy.receipts import NO_MECHANISM, PUBLIC
 from common.tuning.presets import GENERATOR
 
 RECEIPTS = "receipts.jsonl"
 MAX_TEXT = 200  # characters: room for a name or a reason, not for data
-NO_MECHANISM = "none"
 
 
 class EgressRefusal(ArtefactError):
@@ -51,24 +56,49 @@ class Receipt:
     epsilon_after: float | None = None
 
 
+@dataclass(frozen=True)
+class Noised:
+    """What stands behind a private update: a reservation, and the names of the tensors that its step made."""
+
+    reservation: Reservation
+    tensors: frozenset[str]
+
+
 class Egress:
     """The exit of ``site`` for one plan; receipts go to ``folder``.
 
     Args:
         variant: of the plan's, the one that the site agreed to train; None: the first.
+        account: where a private plan is booked; None: it has none, and only its own refusal leaves.
     """
 
-    def __init__(self, site: str, folder: Path, plan: RunPlan, variant: Variant | None = None) -> None:
+    def __init__(
+        self,
+        site: str,
+        folder: Path,
+        plan: RunPlan,
+        variant: Variant | None = None,
+        account: Account | None = None,
+    ) -> None:
         self.site = site
         self.receipts = folder / RECEIPTS
         self.plan = plan
         self.variant = variant or plan.variants[0]
+        self.account = account
 
-    def release_update(self, stage: Stage, round_index: int, update: AdapterUpdate) -> AdapterUpdate:
+    def release_update(
+        self, stage: Stage, round_index: int, update: AdapterUpdate, noised: Noised | None = None
+    ) -> AdapterUpdate:
         """``update``, checked and on two receipts: the adapter and the numbers beside it.
+
+        Args:
+            noised: what the mechanism made, and its reservation, which is committed once the receipts are
+                on the disk. While the plan asks for privacy nothing leaves without it.
 
         Raises:
             EgressRefusal: with every fault.
+            PolicyRefusal: a tensor that the mechanism did not make (field ``payload.outbound``), or the
+                policy has run out meanwhile.
             ArtefactError: if the receipt cannot be written.
         """
         spec = self._spec(stage, round_index)
@@ -78,26 +108,39 @@ class Egress:
             "mechanism": update.mechanism, "losses": losses,
         }  # fmt: skip
         faults = _tensor_faults(spec, update) + _number_faults(spec, numbers, "")
+        if self._private:
+            faults += _privacy_faults(update, noised)
         if update.adapter.base_sha256 not in self.plan.models.values():
             faults.append("the adapter belongs to no model of the plan")
         if (update.adapter.preset, update.adapter.rank) != self._agreed(stage):
             faults.append("the adapter is of another preset or rank than the site agreed to")
         size = sum(tensor.nbytes for tensor in update.adapter.tensors.values())
         self._refuse(stage, faults, spec, size + (0 if faults else _json_bytes(numbers)))
-        digest = update.adapter.digest
-        self._write(
-            Receipt(self.site, stage, round_index, f"{stage}.adapter", size, digest, update.mechanism)
-        )
-        self._write_numbers(stage, round_index, f"{stage}.numbers", numbers)
+        if self.account is not None:
+            self.account.check_in_force()
+        digest, name = update.adapter.digest, f"{stage}.adapter"
+        epsilon = None if noised is None else noised.reservation.epsilon
+        self._write(Receipt(self.site, stage, round_index, name, size, digest, update.mechanism, epsilon))
+        beside = NO_MECHANISM if noised is None else PUBLIC  # the weight is declared, the losses are withheld
+        self._write_numbers(stage, round_index, f"{stage}.numbers", numbers, beside)
+        if noised is not None:
+            noised.reservation.commit([Payload(name, digest, size)])
         return update
 
     def release_numbers(
-        self, stage: Stage, round_index: int, name: str, payload: dict[str, Any]
+        self,
+        stage: Stage,
+        round_index: int,
+        name: str,
+        payload: dict[str, Any],
+        of: Sequence[Patient] | None = None,
     ) -> dict[str, Any]:
         """``payload`` (plain values; None for what is suppressed), checked and on a receipt.
 
         Args:
             name: what the plan calls this table; each of its keys is checked as ``name.key``.
+            of: whose data it is made of; nobody's if every value is public. A private plan lets nothing out
+                without it, and what is anybody's is booked as a release without noise before it leaves.
 
         Raises:
             EgressRefusal: with every fault.
@@ -105,9 +148,21 @@ class Egress:
         """
         spec = self._spec(stage, round_index)
         faults = _number_faults(spec, payload, name)
+        if self._private and of is None:
+            faults.append("the plan asks for privacy, and nobody says whose data this is made of")
         self._refuse(stage, faults, spec, 0 if faults else _json_bytes(payload))
-        self._write_numbers(stage, round_index, name, payload)
+        if self.account is None or not self.account.private:
+            self._write_numbers(stage, round_index, name, payload, NO_MECHANISM)
+            return payload
+        if of:
+            self.account.export(stage, of)
+        self._write_numbers(stage, round_index, name, payload, NO_MECHANISM if of else PUBLIC)
+        self.account.vouch()
         return payload
+
+    @property
+    def _private(self) -> bool:
+        return self.plan.privacy.asked
 
     def _agreed(self, stage: Stage) -> tuple[str, int]:
         """Preset and rank of what the site trains in ``stage``."""
@@ -129,10 +184,12 @@ class Egress:
         if faults:
             raise EgressRefusal(f"{self.site} does not release its payload of stage {stage}", faults)
 
-    def _write_numbers(self, stage: Stage, round_index: int, name: str, numbers: Mapping[str, Any]) -> None:
+    def _write_numbers(
+        self, stage: Stage, round_index: int, name: str, numbers: Mapping[str, Any], mechanism: str
+    ) -> None:
         digest = sha256_of(numbers)
         size = _json_bytes(numbers)
-        self._write(Receipt(self.site, stage, round_index, name, size, digest, NO_MECHANISM))
+        self._write(Receipt(self.site, stage, round_index, name, size, digest, mechanism))
 
     def _write(self, receipt: Receipt) -> None:
         try:
@@ -146,6 +203,16 @@ class Egress:
                 f"no receipt can be written to {self.receipts} ({error.strerror}), so nothing leaves: "
                 "free some space or mend the folder's permissions, then run again with --resume"
             ) from error
+
+
+def _privacy_faults(update: AdapterUpdate, noised: Noised | None) -> list[str]:
+    """Why ``update`` is none of a noised step; a tensor that no step made is refused at once."""
+    if noised is None or update.mechanism != MECHANISM:
+        return ["the plan asks for privacy, and no noised step with a reservation made this"]
+    refuse_uncovered({name.removesuffix(SCALE) for name in update.adapter.tensors}, noised.tensors)
+    if not all(math.isnan(loss) for loss in update.losses):
+        return ["losses of patients do not leave a private round"]
+    return []
 
 
 def _tensor_faults(spec: PayloadSpec, update: AdapterUpdate) -> list[str]:

@@ -12,18 +12,21 @@ from functools import lru_cache
 from pathlib import Path
 
 import client.workshop as workshop
+from client.account import MECHANISM, Account
 from client.deadline import Deadline
-from client.egress import Egress
-from client.faults import keep_notice
+from client.egress import Egress, Noised
+from client.faults import border_answer, keep_notice
 from client.patients import Patient, Split, of_split
 from client.site import Site
 from client.style import summarise_style
 from common import checkpoints
 from common.adapter import Adapter, AdapterUpdate
-from common.errors import ArtefactError, DataError, PolicyRefusal
+from common.errors import ArtefactError, BudgetExceeded, DataError, PolicyRefusal
 from common.guard_api import PlanAnswer, SiteCounts, SiteMetrics, StudentNote
 from common.plan import Round, RunPlan, Stage
 from common.precision import pack, unpack
+from common.privacy.entries import LedgerBroken
+from common.privacy.receipts import NO_MECHANISM
 from common.style import StyleSummary
 
 
@@ -40,67 +43,91 @@ class Guard:
     def propose(self, plan: RunPlan, order: Round) -> PlanAnswer:
         """Agree or refuse; a refusal names a code and a policy field, nothing that depends on data."""
         answer = PlanAnswer(self.site.name, True, plan.digest)
+        account: Account | None = None
         try:
             self._check_policy(plan)
+            account = Account(self.site, plan)
+            account.check()
+            account.check_affordable()
             variant = self.site.variant(plan)
             answer = replace(answer, preset=variant.preset, rank=variant.rank)
             self._labelled(plan)  # a site that cannot read its data says so now, not in the middle
             self.site.accept(plan)
-        except PolicyRefusal as refusal:
-            answer = PlanAnswer(self.site.name, False, plan.digest, refusal.border_code, refusal.field)
-        egress = Egress(self.site.name, self.site.folder, plan)  # of no variant: it may have found none
-        return PlanAnswer(**egress.release_numbers(order.stage, order.index, "answer", asdict(answer)))
+            account.begin()
+        except (PolicyRefusal, BudgetExceeded, LedgerBroken) as refusal:
+            answer = PlanAnswer(self.site.name, False, plan.digest, *border_answer(refusal))
+            if account is not None:
+                account.refuse(refusal)
+        known = account if account is not None and account.opened else None
+        egress = Egress(self.site.name, self.site.folder, plan, account=known)  # of no variant: may have none
+        return PlanAnswer(**egress.release_numbers(order.stage, order.index, "answer", asdict(answer), of=()))
 
     def adapt(self, order: Round, adapter: Adapter) -> AdapterUpdate:
-        plan = self._heed(order)
+        plan, account = self._heed(order)
         train = self._labelled(plan)
-        adaptation = workshop.adapt_teacher(self.site, plan, unpack(adapter), train, order)
-        return self._release_update(plan, order, adapter, adaptation, len(train))
+        if account.private:
+            update, noised = self._noised_update(plan, order, adapter, account, train)
+        else:
+            adaptation = workshop.adapt_teacher(self.site, plan, unpack(adapter), train, order)
+            update, noised = self._update(plan, adapter, adaptation, len(train)), None
+        return self._egress(plan, account).release_update(order.stage, order.index, update, noised)
 
     def style(self, order: Round) -> StyleSummary:
-        plan = self._heed(order)
+        plan, account = self._heed(order)
         seed = self.site.draw_seed(plan, "style")
+        train = self._labelled(plan)
         summary = summarise_style(
-            self._labelled(plan),
+            train,
             plan.data.image_size,
             plan.generator.style_groups,
             self.site.policy.min_group_patients,
             seed,
         )
-        self._egress(plan).release_numbers(order.stage, order.index, "style", asdict(summary))
+        egress = self._egress(plan, account)
+        egress.release_numbers(order.stage, order.index, "style", asdict(summary), of=train)
         return summary
 
     def train_generator(self, order: Round, adapter: Adapter) -> AdapterUpdate:
-        plan = self._heed(order)
+        plan, account = self._heed(order)
         train = self._labelled(plan)
         adaptation = workshop.adapt_generator(self.site, plan, unpack(adapter), train, order)
-        return self._release_update(plan, order, adapter, adaptation, len(train))
+        update = self._update(plan, adapter, adaptation, len(train))
+        return self._egress(plan, account).release_update(order.stage, order.index, update)
 
     def train_student(
         self, order: Round, adapter: Adapter, styles: dict[str, StyleSummary], generator: Adapter | None
     ) -> StudentNote:
-        plan = self._heed(order)
+        plan, account = self._heed(order)
         train, deadline = of_split(self._patients(plan), Split.train), Deadline(order.deadline_s)
         shared = None if generator is None else unpack(generator)
         note = workshop.Workshop(self.site, plan, unpack(adapter), styles, shared, train, deadline).run()
-        self._egress(plan).release_numbers(order.stage, order.index, "note", asdict(note))
+        if plan.privacy.withheld:  # the rest of the note is of the architecture, or counts no image
+            note, train = replace(note, sha256=""), []
+        egress = self._egress(plan, account)
+        egress.release_numbers(order.stage, order.index, "note", asdict(note), of=train)
         return note
 
     def evaluate(self, order: Round, adapter: Adapter) -> SiteMetrics:
-        plan = self._heed(order)
+        plan, account = self._heed(order)
         everyone = self._patients(plan)
         test = of_split(everyone, Split.test)
         metrics = workshop.evaluate_models(self.site, plan, unpack(adapter), test, Deadline(order.deadline_s))
         answer = SiteMetrics(self.site.name, count_patients(everyone), metrics)
-        self._egress(plan).release_numbers(order.stage, order.index, "metrics", asdict(answer))
+        egress = self._egress(plan, account)
+        egress.release_numbers(order.stage, order.index, "metrics", asdict(answer), of=everyone)
         return answer
 
-    def _heed(self, order: Round) -> RunPlan:
-        """The plan of ``order``, if this site agreed to it; what the order says to its people is kept."""
+    def _heed(self, order: Round) -> tuple[RunPlan, Account]:
+        """The plan of ``order``, if this site agreed to it and its policy still does, and what it costs.
+
+        What the order says to the site's people is kept.
+        """
         plan = self.site.accepted_plan(order.plan_sha256)
         if order.notice:
             keep_notice(self.site.folder, order)
-        return plan
+        account = Account(self.site, plan)
+        account.check()
+        return plan, account
 
     def _check_policy(self, plan: RunPlan) -> None:
         policy = self.site.policy
@@ -129,20 +156,33 @@ class Guard:
             )
         return labelled
 
-    def _egress(self, plan: RunPlan) -> Egress:
-        return Egress(self.site.name, self.site.folder, plan, self.site.variant(plan))
+    def _egress(self, plan: RunPlan, account: Account) -> Egress:
+        return Egress(self.site.name, self.site.folder, plan, self.site.variant(plan), account)
 
-    def _release_update(
-        self, plan: RunPlan, order: Round, sent: Adapter, trained: workshop.Adaptation, patients: int
+    def _update(
+        self, plan: RunPlan, sent: Adapter, trained: workshop.Adaptation, patients: int
     ) -> AdapterUpdate:
         step = trained.adapter.trained(trained.halves).step_from(unpack(sent))
-        update = AdapterUpdate(
+        return AdapterUpdate(
             adapter=pack(step, plan.aggregation.wire_dtype),
             weight=float(min(patients, self.site.policy.max_weight)),
             started_from=sent.digest,
             losses=trained.losses,
         )
-        return self._egress(plan).release_update(order.stage, order.index, update)
+
+    def _noised_update(
+        self, plan: RunPlan, order: Round, sent: Adapter, account: Account, train: Sequence[Patient]
+    ) -> tuple[AdapterUpdate, Noised]:
+        """One noised step, reserved before its first gradient; nothing beside it is measured on patients."""
+        reservation = account.reserve(train)
+        made = workshop.private_teacher_step(self.site, plan, unpack(sent), train, order, reservation)
+        update = AdapterUpdate(
+            adapter=pack(made.step, plan.aggregation.wire_dtype),
+            weight=float(min(reservation.terms.patients, self.site.policy.max_weight)),
+            started_from=sent.digest,
+            mechanism=MECHANISM if made.guaranteed else NO_MECHANISM,
+        )
+        return update, Noised(reservation, frozenset(made.step.tensors))
 
 
 def count_patients(patients: Sequence[Patient]) -> SiteCounts:

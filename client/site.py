@@ -29,13 +29,25 @@ class Site:
     policy: PolicyConfig
     adapter: str | None = None
     rank: int | None = None
+    declared: int | None = None  # labelled training patients, as the site says publicly
+    officer_key: Path | None = None  # of who signs policy.json
 
     @classmethod
     def open(cls, folder: Path) -> Site:
         """Raises ``ConfigError`` listing every fault of ``site.yaml``."""
         given = load_site(folder / "site.yaml")
-        manifest = folder / given.manifest
-        return cls(given.name, folder, manifest, given.student, given.policy, given.adapter, given.rank)
+        officer = None if given.officer_key is None else folder / given.officer_key
+        return cls(
+            name=given.name,
+            folder=folder,
+            manifest=folder / given.manifest,
+            student=given.student,
+            policy=given.policy,
+            adapter=given.adapter,
+            rank=given.rank,
+            declared=given.patients,
+            officer_key=officer,
+        )
 
     def teacher(self, plan: RunPlan) -> TeacherConfig:
         """The settings by which this site trains: the plan's, with the site's own adapter and rank."""

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from client.account import Reservation
 from client.adaptation import Adaptation, Visit, adapt
 from client.curation import Curated, drop_inconsistent, synthetic_part
 from client.deadline import Deadline
@@ -30,6 +31,7 @@ from client.patients import Patient
 from client.personal import PERSONAL_FILE, PERSONAL_TEACHER, personalises, train_personal
 from client.prediction import label_image
 from client.prefix_cache import PrefixCache
+from client.private_adaptation import PrivateStep, private_step
 from client.site import Site
 from client.students import build_student, load_student, save_student
 from client.style import summarise_style
@@ -55,6 +57,14 @@ def adapt_teacher(
     teacher = resident_teacher(site.teacher(plan), plan.data)
     visit = round_visit(site, plan, Stage.adapt, order.index)
     return adapt(teacher, adapter, train, plan, visit, Deadline(order.deadline_s))
+
+
+def private_teacher_step(
+    site: Site, plan: RunPlan, adapter: Adapter, train: Sequence[Patient], order: Round, paid: Reservation
+) -> PrivateStep:
+    """The noised step of a private round, in place of `adapt_teacher`."""
+    teacher = resident_teacher(site.teacher(plan), plan.data)
+    return private_step(teacher, adapter, train, plan, (order.index, paid, site.folder))
 
 
 def adapt_generator(

@@ -6,7 +6,7 @@ base models, and each tensor that may leave a site.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -89,6 +89,7 @@ class RunPlan:
         variants: the adapters that sites may train in stage adapt, the recipe's own first. A site trains
             one of them.
         baselines: models that each site trains beside its student, for comparison.
+        sites: that are asked, by name; empty where the coordinator does not know them beforehand.
     """
 
     run_id: str
@@ -107,6 +108,7 @@ class RunPlan:
     privacy: PrivacyConfig
     evaluation: EvaluationConfig
     baselines: list[str]
+    sites: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
         return canonical_json(asdict(self))

@@ -189,6 +189,7 @@ class SiteConfig:
     student: str | None = None  # None: the recipe's student.name
     adapter: str | None = None  # None: the recipe's teacher.adapter
     rank: int | None = None  # None: the recipe's teacher.rank
+    patients: int | None = None  # declared for a private run, and so public; None: a phantom's train_patients
 
 
 @dataclass(frozen=True)
@@ -258,11 +259,33 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """Differential privacy. All None: none, and the report says NO GUARANTEE."""
+    """Differential privacy of the teacher's rounds: in each, every site sends one noised gradient.
 
-    epsilon: float | None = None
-    noise_multiplier: float | None = None
+    Without ``epsilon`` and ``noise_multiplier``: none, and the report says NO GUARANTEE. With one of them
+    ``steps`` stands in place of ``run.rounds``; the teacher's own steps, batches and rate are not used.
+    """
+
+    epsilon: float | None = None  # of the whole run; the noise is found for it
+    noise_multiplier: float | None = None  # noise over clip
     delta: float = 1e-5
+    sample_rate: float = 0.5  # chance of each patient to be drawn in a step
+    steps: int = 30  # noised steps of the whole run, one a round
+    spare_steps: int = 0  # paid for beyond them: for steps that a crash loses, which stay spent
+    max_grad_norm: float = 1.0  # clip of a patient's gradient
+    max_images_per_patient: int = 2  # of which a patient's gradient is the mean, drawn anew in each step
+    learning_rate: float = 0.7  # at the first step; falls in a line to a tenth of it
+    momentum: float = 0.9  # of the server, on the mean step
+    release_metrics: bool = True  # false: nothing that is measured on patients leaves
+
+    @property
+    def asked(self) -> bool:
+        """Whether the recipe wants noise."""
+        return self.epsilon is not None or self.noise_multiplier is not None
+
+    @property
+    def withheld(self) -> bool:
+        """Whether the noised steps are all that leaves a site and depends on its patients."""
+        return self.asked and not self.release_metrics
 
 
 @dataclass(frozen=True)
@@ -308,7 +331,10 @@ class Recipe:
 class SiteFile:
     """``site.yaml``: what a hospital says of itself. The guard reads it; the server never writes it.
 
-    ``manifest`` is relative to the file. ``student``, ``adapter`` and ``rank`` None take the plan's.
+    ``manifest`` and ``officer_key`` are relative to the file. ``student``, ``adapter`` and ``rank`` None take
+    the plan's. ``patients``, the labelled ones that train, is what the site declares in a private run: it is
+    public, and the noise is divided by it. ``officer_key`` is the public key of who signs ``policy.json``
+    beside this file; without it there is no such policy.
     """
 
     name: str = ""
@@ -317,3 +343,5 @@ class SiteFile:
     adapter: str | None = None
     rank: int | None = None
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    patients: int | None = None
+    officer_key: str | None = None

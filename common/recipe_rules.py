@@ -14,6 +14,7 @@ from typing import Any
 
 from common import recipe as schema
 from common.checkpoints import imported_names
+from common.privacy_rules import privacy_faults
 from common.recipe import Recipe, SiteConfig, SiteFile
 from common.robust_rules import robust_faults
 from common.schema_check import Fault, choose_from
@@ -49,6 +50,7 @@ NOT_NEGATIVE = Range(0)
 POSITIVE = Range(0, open_low=True)
 SHARE = Range(0, 1)
 OPEN_SHARE = Range(0, 1, open_low=True, open_high=True)
+UP_TO_1000 = Range(0, 1000, open_low=True)
 
 RANGES: dict[type, dict[str, Range]] = {
     schema.RunConfig: {
@@ -123,15 +125,26 @@ RANGES: dict[type, dict[str, Range]] = {
         "feature_weight": NOT_NEGATIVE,
         "synthetic_share": SHARE,
     },
-    SiteConfig: {"rank": COUNT},
-    SiteFile: {"rank": COUNT},
+    SiteConfig: {"rank": COUNT, "patients": COUNT},
+    SiteFile: {"rank": COUNT, "patients": COUNT},
     schema.PolicyConfig: {
         "min_group_patients": COUNT,
         "min_cell_patients": COUNT,
         "max_weight": COUNT,
         "max_payload_mb": POSITIVE,
     },
-    schema.PrivacyConfig: {"delta": OPEN_SHARE},
+    schema.PrivacyConfig: {
+        "epsilon": UP_TO_1000,
+        "noise_multiplier": UP_TO_1000,
+        "delta": OPEN_SHARE,
+        "sample_rate": Range(0, 1, open_low=True),
+        "steps": COUNT,
+        "spare_steps": NOT_NEGATIVE,
+        "max_grad_norm": Range(0, 1e6, open_low=True),
+        "max_images_per_patient": Range(1, 64),
+        "learning_rate": Range(0, 1e6, open_low=True),
+        "momentum": Range(0, 1, open_high=True),
+    },
     schema.EvaluationConfig: {
         "nsd_tolerance": POSITIVE,
         "bootstrap": COUNT,
@@ -184,25 +197,15 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
         faults.append(
             Fault("name", f"{recipe.name!r} cannot name a folder", "use letters, digits, '-', '_' and '.'")
         )
-    faults += _privacy_faults(recipe)
     faults += _data_faults(recipe)
     faults += _consortium_faults(recipe)
     for index, site in enumerate(recipe.sites):
         faults += _site_faults(site, f"sites[{index}]", recipe)
     faults += adapter_faults(recipe)
     faults += robust_faults(recipe.aggregation)
+    faults += privacy_faults(recipe)
     faults += _baseline_faults(recipe.baselines)
     return faults
-
-
-def _privacy_faults(recipe: Recipe) -> Iterator[Fault]:
-    for name in ("epsilon", "noise_multiplier"):
-        if getattr(recipe.privacy, name) is not None:
-            yield Fault(
-                f"privacy.{name}",
-                "differential privacy is not in this version",
-                "leave it empty (no guarantee)",
-            )
 
 
 def _data_faults(recipe: Recipe) -> Iterator[Fault]:

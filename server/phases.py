@@ -54,7 +54,8 @@ def run_walk(collector: Collector, recipe: Recipe, run_dir: Path) -> RunOutcome:
         if Stage.generator in walk.plan.stages:
             walk.generator()
         walk.student()
-        walk.evaluate()
+        if Stage.evaluate in walk.plan.stages:
+            walk.evaluate()
     except WardroundError as error:
         collector.events.write("failed", exit_code=error.exit_code, reason=str(error))
         raise
@@ -78,7 +79,8 @@ class Walk:
         run_id = saved.plan.run_id if saved else secrets.token_hex(8)
         self.plan: RunPlan = build_plan(recipe, run_id, self.first)
         self.saved = self.store.load_for(self.plan)
-        self.rules: dict[Stage, AggregationRule] = {Stage.adapt: build_rule(recipe.aggregation)}
+        momentum = recipe.privacy.momentum if recipe.privacy.asked else 0.0
+        self.rules: dict[Stage, AggregationRule] = {Stage.adapt: build_rule(recipe.aggregation, momentum)}
         if self.first.generator is not None:
             self.rules[Stage.generator] = build_rule(recipe.aggregation)
         self.rounds = Rounds(collector, recipe, self.plan)

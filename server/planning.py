@@ -106,7 +106,7 @@ def build_plan(recipe: Recipe, run_id: str, first: FirstAdapters | None = None) 
     return RunPlan(
         run_id=run_id,
         seed=recipe.run.seed,
-        rounds=recipe.run.rounds,
+        rounds=recipe.privacy.steps if recipe.privacy.asked else recipe.run.rounds,
         code_sha256=code_sha256(),
         models=model_digests(recipe),
         stages=stages,
@@ -120,18 +120,23 @@ def build_plan(recipe: Recipe, run_id: str, first: FirstAdapters | None = None) 
         privacy=recipe.privacy,
         evaluation=recipe.evaluation,
         baselines=recipe.baselines,
+        sites=[site.name for site in recipe.sites],
     )
 
 
 def run_stages(recipe: Recipe) -> list[Stage]:
-    """The stages in their order. Styles travel only where another site paints with them."""
+    """The stages in their order. Styles travel only where another site paints with them.
+
+    Where nothing measured on patients may leave, the sites are not asked for metrics.
+    """
     scope = recipe.generator.scope
     stages = [Stage.propose, Stage.adapt]
     if scope in (GeneratorScope.style, GeneratorScope.federated):
         stages.append(Stage.style)
     if scope is GeneratorScope.federated:
         stages.append(Stage.generator)
-    return [*stages, Stage.student, Stage.evaluate]
+    stages.append(Stage.student)
+    return stages if recipe.privacy.withheld else [*stages, Stage.evaluate]
 
 
 def code_sha256(project: Path = PROJECT) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 from common import progress
-from common.errors import DeadlinePassed, FederationError
+from common.errors import BudgetExceeded, DeadlinePassed, FederationError, WardroundError
 from common.plan import Round, RunPlan, Stage
 from common.recipe import Recipe
 from server.collect import Collection, Collector, Errand, Take, Write
@@ -87,6 +87,7 @@ class Rounds:
 
         Raises:
             DeadlinePassed: fewer than ``run.min_sites`` answered, and the late ones would have sufficed.
+            BudgetExceeded: so did too few, because the others' privacy budgets are spent.
             FederationError: fewer than ``run.min_sites`` answered for other reasons.
         """
         nodes = {site: node for site, node in self.nodes.items() if among is None or site in among}
@@ -128,7 +129,11 @@ class Rounds:
         )
         if enough:
             return
-        kind = DeadlinePassed if count + collection.late >= self.config.min_sites else FederationError
+        kind: type[WardroundError] = FederationError
+        if count + collection.late >= self.config.min_sites:
+            kind = DeadlinePassed
+        elif {rejection.reason for rejection in collection.rejected} == {BudgetExceeded.border_code}:
+            kind = BudgetExceeded
         raise kind(
             f"stage {errand.stage}, round {errand.index}: {count} site(s) answered and run.min_sites is "
             f"{self.config.min_sites}. Each site's own faults.log says more; the state before this round is "

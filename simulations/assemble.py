@@ -13,8 +13,10 @@ from pathlib import Path
 from client.egress import RECEIPTS
 from client.guard import count_patients
 from client.site import Site
+from client.workshop import model_path
 from common import checkpoints
 from common.adapter import Adapter
+from common.canonical import sha256_of_file
 from common.config import recipe_digest
 from common.errors import ArtefactError
 from common.guard_api import StudentNote
@@ -25,8 +27,6 @@ from server.outcome import RunOutcome
 from server.phases import TEACHER_FILE
 from server.report.schema import (
     EgressEntry,
-    PrivacyEntry,
-    PrivacyStage,
     RunEntry,
     RunReport,
     SiteEntry,
@@ -36,6 +36,7 @@ from server.report.schema import (
 )
 from simulations.crosstest import cross_test, to_cell
 from simulations.pictures import site_pictures
+from simulations.privacy_record import privacy_entry
 
 PACKAGES = ("wardround", "torch", "flwr", "peft", "diffusers", "monai", "transformers")
 
@@ -62,9 +63,9 @@ def assemble_report(
         teacher=_teacher_entry(plan, adapter),
         rounds=outcome.rounds,
         benefit=[*own, *cross_test(schooled, plan, adapter)],
-        students={name: _student_entry(note) for name, note in sorted(outcome.notes.items())},
+        students={site.name: _student_entry(site, outcome.notes[site.name]) for site in schooled},
         synthetic={name: _synthetic_entry(note) for name, note in sorted(outcome.notes.items())},
-        privacy={site.name: _no_guarantee(plan) for site in sites},
+        privacy={site.name: privacy_entry(site, plan) for site in sites},
         egress=_receipts(out / "sites"),
         pictures=[picture for site in schooled for picture in site_pictures(site, plan, adapter)],
         run=_run_entry(recipe, outcome, started),  # last: its times include all of the above
@@ -128,17 +129,14 @@ def _teacher_entry(plan: RunPlan, adapter: Adapter) -> TeacherEntry:
     )
 
 
-def _student_entry(note: StudentNote) -> StudentEntry:
-    return StudentEntry(note.name, note.params, note.sha256, note.latency_ms, note.teacher_latency_ms)
+def _student_entry(site: Site, note: StudentNote) -> StudentEntry:
+    """Where the site withheld the digest, the simulation takes it from the site's own file."""
+    digest = note.sha256 or sha256_of_file(model_path(site, "student"))
+    return StudentEntry(note.name, note.params, digest, note.latency_ms, note.teacher_latency_ms)
 
 
 def _synthetic_entry(note: StudentNote) -> SyntheticEntry:
     return SyntheticEntry(note.generated, note.kept, note.dropped_inconsistent)
-
-
-def _no_guarantee(plan: RunPlan) -> PrivacyEntry:
-    """No differential privacy in this version (a recipe that asks for it is refused), so no figure."""
-    return PrivacyEntry(stages=[PrivacyStage(str(stage), "none") for stage in plan.stages])
 
 
 def _receipts(sites: Path) -> list[EgressEntry]:

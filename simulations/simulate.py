@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,6 +15,10 @@ import torch
 from common.config import save_run_config, save_site
 from common.durable import write_atomic
 from common.errors import DataError
+from common.privacy.budget import Caps
+from common.privacy.journal import LEDGER
+from common.privacy.ledger import Ledger
+from common.privacy_rules import declared_patients
 from common.recipe import Engine, Recipe, SiteConfig, SiteFile
 from server.outcome import RunOutcome
 from server.report import REPORT_JSON, rebuild
@@ -80,8 +85,17 @@ def prepare_sites(recipe: Recipe, folder: Path) -> list[str]:
             if not manifest.is_file():
                 raise DataError(f"site {name}: {manifest} does not exist; mend sites.{name}.manifest")
         said = SiteFile(name, str(manifest), site.student, site.adapter, site.rank, recipe.policy)
+        if recipe.privacy.asked:
+            said = replace(said, patients=declared_patients(site))
+            _open_ledger(home, name, recipe.privacy.delta)
         save_site(said, home / "site.yaml")
     return sorted(configs)
+
+
+def _open_ledger(home: Path, site: str, delta: float) -> None:
+    """The site's ledger with keys of its own, unless it has one: a ledger is never started again."""
+    if not (home / LEDGER).exists():
+        Ledger.create(home, site, Caps(delta))
 
 
 def _cpu_seconds() -> float:

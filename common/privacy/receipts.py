@@ -11,6 +11,7 @@ from common.privacy.entries import Entry
 from common.strict_json import read_strictly
 
 NO_MECHANISM = "none"
+PUBLIC = "public"  # made of public values alone: no mechanism, and nothing to pay for
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def receipt_faults(entries: Sequence[Entry], data: bytes, receipts: Sequence[Rec
     given = {(r.name, r.sha256, r.bytes): r for r in receipts}
     if booked - set(given):
         faults.append(f"{len(booked - set(given))} payloads of the ledger have no receipt")
-    noised = {key for key, receipt in given.items() if receipt.mechanism != NO_MECHANISM}
+    noised = {key for key, receipt in given.items() if receipt.mechanism not in (NO_MECHANISM, PUBLIC)}
     if noised - booked:
         faults.append(
             f"{len(noised - booked)} receipts name a mechanism, and no entry of the ledger pays for it"

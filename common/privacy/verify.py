@@ -146,12 +146,20 @@ def _witnesses(
 
 
 def _policy_over_time(entries: Sequence[Entry], policy: Policy | None, found: Findings) -> None:
-    """Each spending entry names the policy that was last put in force, and is within its dates."""
+    """Each spending entry names the policy that was last put in force, and is within its dates.
+
+    A site that never had a policy spends under none: nobody has signed for it, and that is said.
+    """
     current: dict[str, Any] | None = None
+    bare = policy is None and all(entry.type is not EntryType.policy for entry in entries)
+    if bare and any(entry.spent() and not entry.policy_sha256 for entry in entries):
+        found.cautions.append("no policy was in force: what was spent, nobody signed for")
     for entry in entries:
         if entry.type is EntryType.policy:
             current = entry.detail
         elif entry.spent() and entry.type is not EntryType.export:
+            if bare and not entry.policy_sha256:
+                continue
             if current is None or entry.policy_sha256 != current["sha256"]:
                 found.faults.append(f"entry {entry.seq}: spends under a policy that was not in force")
             elif not moment(current["issued"]) <= entry.time < moment(current["expires"]):

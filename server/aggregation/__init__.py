@@ -17,6 +17,7 @@ from server.aggregation.flexlora import FlexLora
 from server.aggregation.flora import Flora
 from server.aggregation.hetlora import HetLora
 from server.aggregation.lora_fair import LoraFair
+from server.aggregation.momentum import Momentum
 from server.aggregation.rolora import RoLora
 from server.aggregation.shares import Share
 
@@ -35,8 +36,11 @@ RULES: dict[str, type[AggregationRule]] = {
 }
 
 
-def build_rule(config: AggregationConfig) -> AggregationRule:
+def build_rule(config: AggregationConfig, momentum: float = 0.0) -> AggregationRule:
     """The rule that ``config`` names, not yet started.
+
+    Args:
+        momentum: of the mean step of dense tensors, at least 0 and below 1.
 
     Raises:
         ConfigError: if no rule has that name, or if a setting of it is out of its range.
@@ -45,7 +49,9 @@ def build_rule(config: AggregationConfig) -> AggregationRule:
         near = get_close_matches(config.rule.lower(), RULES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"aggregation.rule: no rule {config.rule!r}; {hint}known: {', '.join(RULES)}")
-    return RULES[config.rule](config)
+    rule = RULES[config.rule](config)
+    rule.momentum = Momentum(momentum)
+    return rule
 
 
 __all__ = ["RULES", "AggregationRule", "Share", "build_rule"]

@@ -32,6 +32,7 @@ from common.precision import sendable
 from common.recipe import FACTOR_VOTE_RULES, AggregationConfig
 from common.robust_rules import vote_fault
 from common.tuning.halves import B_ALONE, BOTH, Half, Halves
+from server.aggregation.momentum import Momentum
 from server.aggregation.shares import Share, share_faults
 
 
@@ -50,6 +51,7 @@ class AggregationRule(ABC):
 
     def __init__(self, config: AggregationConfig) -> None:
         self.config = config
+        self.momentum = Momentum()  # of dense tensors; set before `start` or `restore`
         self._initial: Adapter | None = None
         self._shares: dict[str, Share] = {}
         self._whole: Share | None = None
@@ -78,6 +80,7 @@ class AggregationRule(ABC):
         self._dense = {
             name: tensor.clone() for name, tensor in initial.tensors.items() if not is_factor(name)
         }
+        self.momentum = Momentum(self.momentum.factor)
         self._round = None
         self._start_layers(initial)
 
@@ -179,6 +182,7 @@ class AggregationRule(ABC):
             )
         total = math.fsum(weights.values())
         error, norm = self._close_layers(total)
+        self.momentum.next_round()
         self._dense = {name: self._next_dense(name, part / total) for name, part in self._dense_sums.items()}
         self._round = None
         self._dense_sums = {}
@@ -198,6 +202,7 @@ class AggregationRule(ABC):
         parts |= {f"initial/{name}": tensor.clone() for name, tensor in initial.tensors.items()}
         parts |= {f"dense/{name}": tensor.clone() for name, tensor in self._dense.items()}
         parts |= {f"layers/{name}": tensor.clone() for name, tensor in self._layer_state().items()}
+        parts |= {f"momentum/{name}": tensor for name, tensor in self.momentum.state().items()}
         return parts
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -227,6 +232,7 @@ class AggregationRule(ABC):
             raise ArtefactError(
                 f"the state is not whole; missing: {missing or 'nothing, but it holds strange tensors'}"
             )
+        self.momentum.restore(_below(state, "momentum"))
         self._initial = initial
         self._shares, self._whole = shares, whole
         self._dense = dense
@@ -303,9 +309,15 @@ class AggregationRule(ABC):
         return self._sendable(tensor) if is_factor(name) else tensor
 
     def _next_dense(self, name: str, mean: Tensor) -> Tensor:
-        """The mean of what the sites trained, and what rounding had kept back from what they started from."""
+        """The mean of what the sites trained, and what rounding had kept back from what they started from.
+
+        With momentum it is the move that follows from the mean step, in place of that step.
+        """
         kept = self._dense[name]
-        return (mean + (kept.double() - self._sendable(kept).double())).to(kept.dtype)
+        sent = self._sendable(kept).double()
+        if not self.momentum.factor:
+            return (mean + (kept.double() - sent)).to(kept.dtype)
+        return (kept.double() + self.momentum.move(name, mean - sent)).to(kept.dtype)
 
     def _adapter(self, share: Share) -> Adapter:
         initial = self._started

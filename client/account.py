@@ -1,0 +1,226 @@
+"""A site's privacy account in one run: agreed before data are opened, booked before a gradient is taken.
+
+The ledger (`common.privacy.ledger`) is the site's, over all runs; this module says what of a run goes into
+it. What left with noise is a reservation and its commit, what left without is an EXPORT that no later entry
+takes back, and every receipt is vouched for by the entry after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from client.consent import asked_of, signed_policy
+from client.patients import Patient
+from client.site import Site
+from common.errors import BudgetExceeded, PolicyRefusal, WardroundError
+from common.plan import RunPlan, Stage
+from common.privacy.accounting import quick_epsilon
+from common.privacy.budget import Caps, booked_epsilon
+from common.privacy.entries import Context, Entry, EntryType, Payload
+from common.privacy.ledger import Ledger, system_clock
+from common.privacy.plan import PlanSettings, PrivacyPlan, calibrate
+from common.privacy.terms import agree, check_in_force, policy_record
+from common.recipe import PrivacyConfig
+
+MECHANISM = "dp_sgd"  # on receipts and updates: made by noised steps alone
+STAGE = str(Stage.adapt)  # the one whose steps are noised
+
+
+@lru_cache(maxsize=64)
+def privacy_plan(asked: PrivacyConfig, patients: int) -> PrivacyPlan:
+    """The noised steps of a whole run at a site that declares ``patients``.
+
+    Raises ``ConfigError`` listing every fault.
+    """
+    settings = PlanSettings(
+        patients=patients,
+        sample_rate=asked.sample_rate,
+        steps=asked.steps + asked.spare_steps,
+        delta=asked.delta,
+        max_grad_norm=asked.max_grad_norm,
+        max_images_per_patient=asked.max_images_per_patient,
+        stage=STAGE,
+    )
+    if asked.noise_multiplier is not None:
+        return PrivacyPlan.make(settings, asked.noise_multiplier)
+    assert asked.epsilon is not None, "no noise is asked for"
+    return calibrate(settings, asked.epsilon)
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """One noised step, spent from the moment that this exists.
+
+    Attributes:
+        number: of its entry in the ledger.
+        step: how many steps of the run were reserved before it.
+        terms: of the step.
+        epsilon: of the patients who have spent most, this step included, at ``terms.delta``; None: infinite.
+    """
+
+    ledger: Ledger
+    number: int
+    step: int
+    terms: PrivacyPlan
+    epsilon: float | None
+
+    def commit(self, payloads: Sequence[Payload]) -> None:
+        """Record what leaves, before it does. Raises ``ArtefactError`` for what was committed before."""
+        self.ledger.commit(self.number, payloads, [self.terms.event(1)])
+
+
+class Account:
+    """What one plan costs at one site.
+
+    Guarantees: a site with a signed policy takes part in nothing that the policy does not allow; a private
+    plan is worked on only beside a whole ledger; neither opens a data file to find out.
+
+    Attributes:
+        policy: the site's signed one, if it has one.
+        terms: of the plan's noised steps; None: it asks for none.
+
+    Raises:
+        PolicyRefusal: the policy is not the officer's, or the site declares no patients.
+        ConfigError: the plan's settings are no privacy plan.
+    """
+
+    def __init__(self, site: Site, plan: RunPlan) -> None:
+        self._site, self._plan = site, plan
+        self._opened: Ledger | None = None
+        self.policy = signed_policy(site)
+        self.terms: PrivacyPlan | None = None
+        if plan.privacy.asked:
+            if site.declared is None:
+                raise PolicyRefusal(
+                    "a private run divides by a public number of patients: write patients into site.yaml",
+                    field="patients",
+                )
+            self.terms = privacy_plan(plan.privacy, site.declared)
+
+    @property
+    def private(self) -> bool:
+        return self.terms is not None
+
+    @property
+    def opened(self) -> bool:
+        """Whether `check` has found a ledger that holds."""
+        return self._opened is not None
+
+    def check(self) -> None:
+        """The policy is in force and allows the plan, and the ledger holds: before anything is done.
+
+        Raises:
+            PolicyRefusal: with the policy's field.
+            LedgerBroken: the ledger was changed, cut or rolled back.
+            ArtefactError: a private plan, and there is no ledger.
+        """
+        if self.policy is not None:
+            check_in_force(self.policy, system_clock())
+            agree(self.policy, asked_of(self._plan, self._site, self.terms))
+        if self.terms is None:
+            return
+        self._opened = Ledger.open(self._site.folder, self._caps)
+        if self.policy is not None:
+            check_in_force(self.policy, system_clock(), self._ledger.entries)
+
+    def check_affordable(self) -> None:
+        """Raises ``BudgetExceeded`` if the run's remaining steps would pass the cap on everything."""
+        if self.terms is None or self._caps.total is None:
+            return
+        ahead = self.terms.event(self.terms.steps - self.taken)
+        if quick_epsilon([ahead, *self._ledger.most_used()], self._caps.delta) > self._caps.total:
+            raise BudgetExceeded(
+                "the run would pass max_epsilon_total of this site's policy: ask for more noise or fewer "
+                "steps, or sign a new policy"
+            )
+
+    def check_in_force(self) -> None:
+        """Raises ``PolicyRefusal`` if the policy has run out since `check`."""
+        if self.policy is not None:
+            check_in_force(self.policy, system_clock(), self._ledger.entries)
+
+    def begin(self) -> None:
+        """Book the policy in force and the run's plan, each once."""
+        if self.terms is None:
+            return
+        if self.policy is not None:
+            seen = [entry.detail for entry in self._entries(EntryType.policy)]
+            if not seen or seen[-1]["sha256"] != self.policy.digest:
+                self._ledger.record(EntryType.policy, self._context, policy_record(self.policy))
+        detail = {"plans": {STAGE: self.terms.to_json()}}
+        own = [entry.detail["plans"] for entry in self._entries(EntryType.plan) if self._mine(entry)]
+        if detail["plans"] not in own:
+            self._ledger.record(EntryType.plan, self._context, detail, STAGE)
+
+    def refuse(self, error: WardroundError) -> None:
+        """Book a refusal of the plan, by its code and field, if there is a ledger that holds."""
+        if self.opened:
+            field = error.field if isinstance(error, PolicyRefusal) else ""
+            self._ledger.record(
+                EntryType.refuse, self._context, {"code": error.border_code, "field": field}, STAGE
+            )
+
+    @property
+    def taken(self) -> int:
+        """Steps of this run that are reserved, those that a crash lost among them."""
+        own = [entry for entry in self._entries(EntryType.reserve) if self._mine(entry)]
+        return sum(event.count for entry in own for event in entry.listed())
+
+    def reserve(self, patients: Sequence[Patient]) -> Reservation:
+        """The next step of the run for all ``patients``, who may each be drawn. After `check`.
+
+        Whatever ends it before its commit, it stays spent. One that was left open is booked as lost first.
+
+        Raises:
+            BudgetExceeded: the plan has no further step, or a patient would pass a cap.
+        """
+        terms, taken = self.terms, self.taken
+        assert terms is not None, "only a private plan reserves"
+        if taken >= terms.steps:
+            raise BudgetExceeded(
+                f"all {terms.steps} noised steps of this run are spent, those that a crash lost among them: "
+                "plan some more with privacy.spare_steps"
+            )
+        self._void_lost()
+        number = self._ledger.reserve(self._context, STAGE, _ids(patients), [terms.event(1)])
+        spent = booked_epsilon(self._ledger.epsilon(terms.delta))
+        return Reservation(self._ledger, number, taken, terms, spent)
+
+    def export(self, stage: Stage, patients: Sequence[Patient]) -> None:
+        """Book that something of ``patients`` is about to leave without noise; nothing takes it back."""
+        self._ledger.declare_unprotected(self._context, str(stage), _ids(patients))
+
+    def vouch(self) -> None:
+        """An entry that names the receipts so far, so that none can be taken away."""
+        self._ledger.record(EntryType.checkpoint, self._context, {})
+
+    @property
+    def _ledger(self) -> Ledger:
+        assert self._opened is not None, "check() comes first"
+        return self._opened
+
+    @property
+    def _caps(self) -> Caps:
+        return Caps(self._plan.privacy.delta) if self.policy is None else self.policy.caps
+
+    @property
+    def _context(self) -> Context:
+        policy = "" if self.policy is None else self.policy.digest
+        return Context(self._plan.run_id, self._plan.digest, policy, self._plan.code_sha256)
+
+    def _entries(self, kind: EntryType) -> list[Entry]:
+        return [entry for entry in self._ledger.entries if entry.type is kind]
+
+    def _mine(self, entry: Entry) -> bool:
+        return entry.run_id == self._plan.run_id
+
+    def _void_lost(self) -> None:
+        for number in self._ledger.open_reservations():
+            if self._mine(self._ledger.entries[number]):
+                self._ledger.void(number, "nothing left under it")
+
+
+def _ids(patients: Sequence[Patient]) -> list[str]:
+    return [patient.id for patient in patients]

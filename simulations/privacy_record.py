@@ -1,0 +1,70 @@
+"""The privacy part of a report: what a site's ledger and receipts say of one run, and nothing beyond."""
+
+from __future__ import annotations
+
+from client.egress import RECEIPTS
+from client.site import Site
+from common.plan import RunPlan, Stage
+from common.privacy.accounting import Neighbouring, epsilon
+from common.privacy.budget import booked_epsilon
+from common.privacy.entries import Entry, EntryType
+from common.privacy.events import Event
+from common.privacy.journal import LEDGER, read_lines
+from common.privacy.plan import PrivacyPlan
+from common.privacy.receipts import NO_MECHANISM, PUBLIC, read_receipts
+from server.report.schema import PrivacyEntry, PrivacyStage
+
+
+def privacy_entry(site: Site, plan: RunPlan) -> PrivacyEntry:
+    """Of ``site`` in the run of ``plan``.
+
+    Guarantee: ``guarantee`` is True only where every receipt of the run names the mechanism or public
+    values, and the ledger knows of no release without noise, in this run or before.
+
+    Raises:
+        LedgerBroken, VerificationFailed: the site's records are damaged.
+    """
+    if not plan.privacy.asked:
+        return PrivacyEntry(stages=[PrivacyStage(str(stage), NO_MECHANISM) for stage in plan.stages])
+    entries = read_lines((site.folder / LEDGER).read_bytes())
+    own = [entry for entry in entries if entry.run_id == plan.run_id]
+    planned = next(_plan_of(entry) for entry in own if entry.type is EntryType.plan)
+    spent = [event for entry in own if entry.type is EntryType.reserve for event in entry.listed()]
+    # Epsilon of the run alone is of no use to a patient who was in a release without noise.
+    bounded = bool(entries) and not any(entry.type is EntryType.export for entry in entries)
+    receipts = read_receipts((site.folder / RECEIPTS).read_bytes())
+    covered = all(receipt.mechanism != NO_MECHANISM for receipt in receipts)
+    guarantee = bounded and covered
+    return PrivacyEntry(
+        unit=str(planned.unit),
+        guarantee=guarantee,
+        epsilon=_epsilon(spent, planned.delta) if guarantee else None,
+        delta=planned.delta if guarantee else None,
+        neighbouring=str(Neighbouring.add_remove),
+        sampling=str(planned.sampling),
+        stages=[_stage(stage, plan, planned, spent) for stage in plan.stages],
+        ledger_head=entries[-1].hash,
+    )
+
+
+def _plan_of(entry: Entry) -> PrivacyPlan:
+    return PrivacyPlan.from_json(entry.detail["plans"][str(Stage.adapt)])
+
+
+def _stage(stage: Stage, plan: RunPlan, planned: PrivacyPlan, spent: list[Event]) -> PrivacyStage:
+    if stage is not Stage.adapt:
+        public = stage is Stage.propose or (stage is Stage.student and plan.privacy.withheld)
+        return PrivacyStage(str(stage), PUBLIC if public else NO_MECHANISM)
+    return PrivacyStage(
+        stage=str(stage),
+        mechanism="dp_sgd",
+        noise_multiplier=planned.noise_multiplier,
+        sample_rate=planned.sample_rate,
+        steps=sum(event.count for event in spent),
+        epsilon=_epsilon(spent, planned.delta),
+    )
+
+
+def _epsilon(spent: list[Event], delta: float) -> float | None:
+    """Rounded up to six digits, as the ledger writes it."""
+    return booked_epsilon(epsilon(spent, delta)) if spent else 0.0

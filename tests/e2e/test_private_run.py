@@ -1,0 +1,58 @@
+"""A whole private run by the command: what it leaves, what its report may claim, that its record holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from common.privacy.accounting import epsilon
+from common.privacy.events import Event
+from common.privacy.journal import read_lines
+from tests.e2e import walks
+
+STEPS = 3
+PRIVATE = (
+    "teacher.adapter=decoder", "privacy.noise_multiplier=1.2", f"privacy.steps={STEPS}",
+    "privacy.sample_rate=0.5", "privacy.release_metrics=false", "generator.scope=none", walks.QUICK,
+)  # fmt: skip
+
+
+def test_a_private_run_is_booked_reported_and_verified(elsewhere: Path) -> None:
+    done = walks.invoke("simulate", "smoke", "--out", "run", *PRIVATE)
+    assert done.exit_code == 0, done.output
+    run = elsewhere / "run"
+    report = walks.report_of(run)
+    spent = epsilon([Event(1.2, 0.5, STEPS)], 1e-5)
+    for site, entry in report.privacy.items():
+        assert entry.guarantee
+        assert entry.epsilon is not None
+        assert 0 <= entry.epsilon - spent <= 1e-6
+        kinds = [str(one.type) for one in read_lines((run / "sites" / site / "ledger.jsonl").read_bytes())]
+        assert (kinds.count("RESERVE"), kinds.count("COMMIT")) == (STEPS, STEPS)
+    assert {entry.mechanism for entry in report.egress} == {"dp_sgd", "public"}
+    assert all((entry.epsilon_after is not None) == (entry.mechanism == "dp_sgd") for entry in report.egress)
+    assert all(record.losses.get("east", []) == [] for record in report.rounds)
+    assert [record.stage for record in report.rounds] == ["propose", *["adapt"] * STEPS, "student"]
+    assert {cell.tested_on for cell in report.benefit} == {"all"}, (
+        "the sites gave no metric; the test across does"
+    )
+    page = (run / "report.html").read_text()
+    assert "whether or not their images were used" in page
+    assert "NO GUARANTEE" not in page
+    _verified_and_then_not(run / "sites" / "east")
+    resumed = walks.invoke("simulate", "smoke", "--out", "run", "--resume", *PRIVATE)
+    assert resumed.exit_code == 0, resumed.output
+    assert walks.report_of(run).privacy["west"].epsilon == report.privacy["west"].epsilon
+
+
+def _verified_and_then_not(site: Path) -> None:
+    """The record holds as the run left it, and one flipped byte of the ledger is enough that it does not."""
+    assert walks.invoke("privacy", "verify", "--bundle", site).exit_code == 0
+    ledger = site / "ledger.jsonl"
+    whole = ledger.read_bytes()
+    middle = len(whole) // 2
+    ledger.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    assert walks.invoke("privacy", "verify", "--bundle", site).exit_code == 22
+    ledger.write_bytes(whole)
+    found = json.loads(walks.invoke("privacy", "verify", "--bundle", site, "--json").stdout)
+    assert found["egress"]["without_mechanism"] == 0
