@@ -7,10 +7,13 @@ answers. On the disk they cost no memory: a tensor is read where it is needed, a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -24,18 +27,23 @@ SITE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 @dataclass(frozen=True)
 class _Answer:
-    """``about`` is the update without its tensors, which lie in ``path``; ``elements``: name -> how many."""
+    """``about`` is the update without its tensors, which lie in ``path``, flat; ``shapes``: what they had."""
 
     about: AdapterUpdate
     path: Path
-    elements: Mapping[str, int]
+    shapes: Mapping[str, torch.Size]
 
 
 class Answers:
-    """One file a site in ``folder``. Only what was added to this object is ever read from there."""
+    """One file a site in ``folder``. Only what was added to this object is ever read from there.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        watch: called with every whole answer that is read back.
+    """
+
+    def __init__(self, folder: Path, watch: Callable[[AdapterUpdate], None] = lambda _: None) -> None:
         self.folder = folder
+        self._watch = watch
         self._answers: dict[str, _Answer] = {}
 
     def add(self, site: str, update: AdapterUpdate) -> None:
@@ -50,13 +58,14 @@ class Answers:
         if not SITE_NAME.fullmatch(site):
             raise ArtefactError(f"site {site!r} cannot name a file: use letters, digits, '-', '_' and '.'")
         path = self.folder / f"{site}.safetensors"
-        tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in update.adapter.tensors.items()
-        }
-        write_atomic(path, save(tensors))
+        tensors = dict(sorted(update.adapter.tensors.items()))
+        # Flat, so that a part of one can be read alone.
+        write_atomic(
+            path, save({name: tensor.detach().cpu().reshape(-1) for name, tensor in tensors.items()})
+        )
         about = replace(update, adapter=replace(update.adapter, tensors={}))
-        elements = {name: tensor.numel() for name, tensor in sorted(tensors.items())}
-        self._answers[site] = _Answer(about, path, elements)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self._answers[site] = _Answer(about, path, shapes)
 
     def sites(self) -> list[str]:
         return sorted(self._answers)
@@ -67,17 +76,28 @@ class Answers:
 
     def elements(self, site: str) -> Mapping[str, int]:
         """Name -> number of elements, of each tensor that the site sent."""
-        return self._of(site).elements
+        return {name: shape.numel() for name, shape in self._of(site).shapes.items()}
+
+    def part(self, site: str, name: str, start: int, stop: int) -> Tensor:
+        """The values ``start`` to ``stop`` of one flattened tensor, and no more than that is read."""
+        with self._opened(site) as file:
+            part: Tensor = file.get_slice(name)[start:stop]
+        return part
 
     def tensor(self, site: str, name: str) -> Tensor:
         """One tensor, and no more than that is read. Raises ``ArtefactError`` if it is not there."""
-        return self._read(site, [name])[name]
+        with self._opened(site) as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor.view(self._of(site).shapes[name])
 
     def update(self, site: str) -> AdapterUpdate:
         """The whole answer, as it was added."""
         answer = self._of(site)
-        tensors = self._read(site, answer.elements)
-        return replace(answer.about, adapter=replace(answer.about.adapter, tensors=tensors))
+        with self._opened(site) as file:
+            tensors = {name: file.get_tensor(name).view(shape) for name, shape in answer.shapes.items()}
+        update = replace(answer.about, adapter=replace(answer.about.adapter, tensors=tensors))
+        self._watch(update)
+        return update
 
     def drop(self, site: str) -> None:
         """Remove the site's answer, file and all."""
@@ -93,11 +113,12 @@ class Answers:
             raise ArtefactError(f"site {site!r} has no answer in this round")
         return self._answers[site]
 
-    def _read(self, site: str, names: Iterable[str]) -> dict[str, Tensor]:
+    @contextmanager
+    def _opened(self, site: str) -> Iterator[Any]:
         path = self._of(site).path
         try:
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in names}
+                yield file
         except (OSError, SafetensorError) as error:
             raise ArtefactError(
                 f"cannot read the answer of site {site!r} in {path} ({error}): run again with --resume"

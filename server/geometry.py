@@ -4,13 +4,13 @@ For changes ``L_i R_i`` of one layer (`server.steps`), the inner product is that
 
     <L_i R_i, L_j R_j>  =  sum( (L_i^T L_j) * (R_i R_j^T) )
 
-so all pairs of a layer cost two products of the stacked factors. Memory: one layer's factors, or one dense
-tensor, of all sites.
+so all pairs of a layer cost two products of the stacked factors. Memory does not grow with the sites: of a
+layer the factors of two tiles of sites are looked at together, of a dense tensor a block of coordinates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from server.steps import Group, RoundSteps
+
+TILE = 16  # sites
+BLOCK = 1 << 21  # numbers of all sites together: 16 MB
 
 
 @dataclass(frozen=True)
@@ -63,29 +66,62 @@ def measure(steps: RoundSteps) -> Geometry:
     return Geometry(tuple(steps.sites), grams, smallest)
 
 
+@dataclass(frozen=True)
+class _Stacked:
+    """One layer of some sites: (out, R), (R, in), and in ``belongs`` (R, sites) whose each rank is."""
+
+    left: Tensor
+    right: Tensor
+    belongs: Tensor
+
+    def inner(self, other: _Stacked) -> Tensor:
+        """(sites, other's sites)."""
+        pairs = (self.left.T @ other.left) * (self.right @ other.right.T)
+        return self.belongs.T @ pairs @ other.belongs
+
+
 def _factor_gram(steps: RoundSteps) -> Tensor:
-    count = len(steps.sites)
-    gram = torch.zeros(count, count, dtype=torch.float64)
+    gram = _zeros(steps)
     for layer in steps.layers():
         trainers = steps.trainers(layer)
-        changes = [steps.change(site, layer) for site in trainers]
-        left, right = (
-            torch.cat([one.left for one in changes], dim=1),
-            torch.cat([one.right for one in changes]),
-        )
-        ranks = torch.tensor([one.right.shape[0] for one in changes])
-        owners = torch.tensor([steps.sites.index(site) for site in trainers]).repeat_interleave(ranks)
-        belongs = one_hot(owners, count).double()  # (ranks of all, n)
-        gram += belongs.T @ ((left.T @ left) * (right @ right.T)) @ belongs
+        tiles = [trainers[start : start + TILE] for start in range(0, len(trainers), TILE)]
+        for number, tile in enumerate(tiles):
+            own = _stacked(steps, layer, tile)
+            for other in tiles[number:]:
+                inner = own.inner(own if other is tile else _stacked(steps, layer, other))
+                rows, columns = _rows(steps, tile), _rows(steps, other)
+                gram[rows[:, None], columns] += inner
+                if other is not tile:
+                    gram[columns[:, None], rows] += inner.T
     return gram
+
+
+def _stacked(steps: RoundSteps, layer: str, sites: Sequence[str]) -> _Stacked:
+    changes = [steps.change(site, layer) for site in sites]
+    ranks = torch.tensor([one.right.shape[0] for one in changes])
+    owners = torch.arange(len(sites)).repeat_interleave(ranks)
+    left = torch.cat([one.left for one in changes], dim=1)
+    return _Stacked(left, torch.cat([one.right for one in changes]), one_hot(owners, len(sites)).double())
 
 
 def _dense_gram(steps: RoundSteps) -> Tensor:
-    count = len(steps.sites)
-    gram = torch.zeros(count, count, dtype=torch.float64)
+    gram = _zeros(steps)
     for name in steps.dense_names():
         movers = steps.movers(name)
-        moved = torch.stack([steps.step(site, name).flatten() for site in movers])
-        rows = torch.tensor([steps.sites.index(site) for site in movers])
-        gram[rows[:, None], rows] += moved @ moved.T
+        rows, elements = _rows(steps, movers), steps.answers.elements(movers[0])[name]
+        width = min(elements, max(1, BLOCK // len(movers)))
+        block = torch.empty(len(movers), width, dtype=torch.float64)
+        for start in range(0, elements, width):
+            part = block[:, : min(width, elements - start)]
+            for row, site in enumerate(movers):
+                part[row] = steps.answers.part(site, name, start, start + part.shape[1])
+            gram[rows[:, None], rows] += part @ part.T
     return gram
+
+
+def _zeros(steps: RoundSteps) -> Tensor:
+    return torch.zeros(len(steps.sites), len(steps.sites), dtype=torch.float64)
+
+
+def _rows(steps: RoundSteps, sites: Sequence[str]) -> Tensor:
+    return torch.tensor([steps.sites.index(site) for site in sites])

@@ -7,8 +7,10 @@ with another camera and population), in three to eight rounds, with two presets 
 decoder. None of these changes is quarantined.
 
 What it cannot see: an update of ordinary size that is wrong in an ordinary way, such as one trained on wrong
-labels; or one turned against the others later than early, or where they do not agree themselves. Robust
-estimators (`server.robust`) bear those.
+labels; one turned against the others later than early, or where they do not agree themselves; or the weight
+that is declared with it. Robust estimators (`server.robust`) bound what one such site does to the others.
+What it alone has images of it can still unteach, for it looks like an honest site that is unlike the rest
+(`simulations.attacks`).
 """
 
 from __future__ import annotations

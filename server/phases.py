@@ -25,7 +25,7 @@ from common.recipe import Recipe
 from server.aggregation import AggregationRule, Share, build_rule
 from server.collect import Collector, Errand, Take
 from server.outcome import RunOutcome
-from server.planning import build_plan, first_adapters
+from server.planning import FirstAdapters, build_plan, first_adapters
 from server.roll_call import call_the_roll
 from server.rounds import Rounds
 from server.screening import admit_metrics, admit_note, admit_style
@@ -67,14 +67,18 @@ def run_walk(collector: Collector, recipe: Recipe, run_dir: Path) -> RunOutcome:
 class Walk:
     """One run under way: the plan, the rules, and what came of it so far."""
 
-    def __init__(self, collector: Collector, recipe: Recipe, run_dir: Path) -> None:
+    def __init__(
+        self, collector: Collector, recipe: Recipe, run_dir: Path, first: FirstAdapters | None = None
+    ) -> None:
+        """``first``: what the rounds start from; None: what the recipe's own models say."""
         self.recipe = recipe
         self.run_dir = run_dir
         self.store = StateStore(run_dir / "state")
         saved = self.store.load()
-        self.plan: RunPlan = build_plan(recipe, saved.plan.run_id if saved else secrets.token_hex(8))
+        self.first = first or first_adapters(recipe)
+        run_id = saved.plan.run_id if saved else secrets.token_hex(8)
+        self.plan: RunPlan = build_plan(recipe, run_id, self.first)
         self.saved = self.store.load_for(self.plan)
-        self.first = first_adapters(recipe)
         momentum = recipe.privacy.momentum if recipe.privacy.asked else 0.0
         self.rules: dict[Stage, AggregationRule] = {Stage.adapt: build_rule(recipe.aggregation, momentum)}
         if self.first.generator is not None:

@@ -93,9 +93,16 @@ def model_digests(recipe: Recipe) -> dict[str, str]:
     return models
 
 
-def build_plan(recipe: Recipe, run_id: str) -> RunPlan:
-    """The whole job as one object with one digest. Raises ``ArtefactError`` for models that are not there."""
-    first, stages, aggregation = first_adapters(recipe), run_stages(recipe), recipe.aggregation
+def build_plan(recipe: Recipe, run_id: str, first: FirstAdapters | None = None) -> RunPlan:
+    """The whole job as one object with one digest.
+
+    Args:
+        first: what the rounds start from; None: `first_adapters` of the recipe.
+
+    Raises:
+        ArtefactError: a model is not there.
+    """
+    first, stages, aggregation = first or first_adapters(recipe), run_stages(recipe), recipe.aggregation
     return RunPlan(
         run_id=run_id,
         seed=recipe.run.seed,

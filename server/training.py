@@ -58,7 +58,7 @@ class Training:
         """Raises what `Rounds.run` raises; the rule has then not moved."""
         sent: dict[str, Sent] = {}
         losses: dict[str, list[float]] = {}
-        answers = Answers(self.inbox)
+        answers = Answers(self.inbox, self.rounds.live.watch)
 
         def write(site: str) -> wire.Content:
             order, adapter = self.rounds.order(self.stage, index, site), self.down(site)

@@ -36,13 +36,12 @@ class EntryType(StrEnum):
     genesis = "GENESIS"
     policy = "POLICY"
     plan = "PLAN"
-    rehearsal = "REHEARSAL"
     reserve = "RESERVE"  # spends
     commit = "COMMIT"
     void_counted = "VOID_COUNTED"
     refuse = "REFUSE"
     metric = "METRIC"  # spends, by the Laplace mechanism
-    audit = "AUDIT"
+    audit = "AUDIT"  # detail.kind: rehearsal (of the mechanism, before a run) or artefact (of what left)
     merge = "MERGE"
     export = "EXPORT"  # spends: a release outside any mechanism
     keyroll = "KEYROLL"

@@ -37,8 +37,7 @@ from common.privacy.members import Members, Moves
 RECEIPTS = "receipts.jsonl"
 REPORTED_DELTAS = (1e-3, 1e-5)
 _NOWHERE, _NOBODY, _NOTHING = Context(), Cohort(), MappingProxyType[str, Any]({})
-_RECORDS = (EntryType.policy, EntryType.plan, EntryType.rehearsal, EntryType.refuse, EntryType.audit,
-            EntryType.checkpoint)  # fmt: skip
+_RECORDS = (EntryType.policy, EntryType.plan, EntryType.refuse, EntryType.audit, EntryType.checkpoint)
 
 
 def system_clock() -> datetime:
@@ -161,7 +160,7 @@ class Ledger:
         return [e.seq for e in self.entries if e.type is EntryType.reserve and e.seq not in closed]
 
     def record(self, kind: EntryType, context: Context, detail: dict[str, Any], stage: str = "") -> int:
-        """An entry that spends nothing: POLICY, PLAN, REHEARSAL, REFUSE, AUDIT, CHECKPOINT."""
+        """An entry that spends nothing: POLICY, PLAN, REFUSE, AUDIT, CHECKPOINT."""
         if kind not in _RECORDS:
             raise ValueError(f"{kind} has a method of its own")
         with self._transaction():

@@ -137,7 +137,7 @@ def band(epsilon_value: float) -> str:
 
 
 def cheapest_change(question: Question, plan: PrivacyPlan, total: float) -> str:
-    """The smallest change of one setting that reaches the cap, or the next better band under it."""
+    """The smaller factor, on the noise or on the rounds, that reaches the cap or the next better band."""
     history = list(question.history)
     goal = question.cap if total > question.cap else next((b for b, _ in reversed(BANDS) if b < total), None)
     if goal is None:
@@ -147,8 +147,8 @@ def cheapest_change(question: Question, plan: PrivacyPlan, total: float) -> str:
     except ConfigError:
         return f"none: earlier releases about these patients leave nothing below {goal:g}"
     rounds = _most_rounds(question, plan, goal)
-    more_noise = noisier.noise_multiplier / plan.noise_multiplier - 1
-    if rounds == 0 or more_noise <= 1 - rounds / question.rounds:
+    more_noise = noisier.noise_multiplier / plan.noise_multiplier
+    if rounds == 0 or more_noise <= question.rounds / rounds:
         after = noisier.epsilon(history)
         return f"sigma {plan.noise_multiplier:g}->{noisier.noise_multiplier:g}: {total:.1f} -> {after:.1f}"
     after = quick_epsilon([plan.event(rounds * question.steps_per_round), *history], plan.delta)

@@ -275,12 +275,13 @@ def _payloads(
 
 
 def _audits(entries: Sequence[Entry], found: Findings) -> None:
-    for entry in entries:
-        if entry.type is EntryType.audit and entry.detail["lower"] > entry.detail["upper"]:
+    audits = [entry for entry in entries if entry.type is EntryType.audit]
+    for entry in audits:
+        if entry.detail["kind"] == "artefact" and entry.detail["lower"] > entry.detail["upper"]:
             found.faults.append(f"entry {entry.seq}: an audit found more than the claimed epsilon")
-    first = next((e.seq for e in entries if e.type is EntryType.reserve), None)
-    passed = [e.seq for e in entries if e.type is EntryType.rehearsal and e.detail.get("passed") is True]
-    if first is not None and not any(seq < first for seq in passed):
+    first = next((entry.seq for entry in entries if entry.type is EntryType.reserve), None)
+    rehearsed = [a.seq for a in audits if a.detail["kind"] == "rehearsal" and a.detail["passed"] is True]
+    if first is not None and not any(seq < first for seq in rehearsed):
         found.cautions.append("no rehearsal passed before the first reservation")
 
 

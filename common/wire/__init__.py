@@ -198,6 +198,10 @@ def request_message(content: Content, node_id: int, stage: Stage, ttl_s: float) 
     return Message(content, node_id, ACTIONS[stage], ttl=ttl_s)
 
 
+def reply_message(content: Content, request: Message) -> Message:
+    return Message(content, reply_to=request)
+
+
 def pack_message(message: Message) -> bytes:
     packed: bytes = message_to_proto(message).SerializeToString()
     return packed

@@ -69,11 +69,21 @@ class ExactSplit(AggregationRule):
 
     def _open_layers(self) -> None:
         self._sums = {layer: torch.zeros_like(change) for layer, change in self._changes.items()}
+        # layer -> rank -> sum of weights: what was sent is alike for a rank, and is subtracted once.
+        self._weights: dict[str, dict[int, float]] = {layer: {} for layer in self._changes}
 
     def _fold_layer(self, layer: str, a: Tensor, b: Tensor, weight: float) -> None:
-        sent = self._trainable(layer, a.shape[0])
         self._sums[layer].addmm_(b, a, alpha=weight)
-        self._sums[layer].addmm_(sent["lora_B"].double(), sent["lora_A"].double(), alpha=-weight)
+        by_rank, rank = self._weights[layer], a.shape[0]
+        by_rank[rank] = by_rank.get(rank, 0.0) + weight
+
+    def _step(self, layer: str, total: float) -> Tensor:
+        """The mean of what the sites changed: ``sum_k p_k (B'_k A'_k - B_k A_k)``, (out, in)."""
+        step = self._sums[layer] / total
+        for rank, weight in self._weights[layer].items():
+            sent = self._trainable(layer, rank)
+            step.addmm_(sent["lora_B"].double(), sent["lora_A"].double(), alpha=-weight / total)
+        return step
 
     def _fold_step(self, name: str, step: Tensor, votes: float) -> None:
         self._sums[name].add_(step, alpha=votes)
@@ -81,15 +91,15 @@ class ExactSplit(AggregationRule):
     def _close_layers(self, total: float) -> tuple[float, float]:
         changes, downs = {}, {}
         error = norm = 0.0
-        for layer, part in self._sums.items():
-            step = part / total
+        for layer in self._sums:
+            step = self._step(layer, total)
             changes[layer] = self._changes[layer] + step
             downs[layer] = self._components(layer, changes[layer])
             # Every site, whatever its rank, started from the same sum of folded and trainable factors.
             mean = self._down[layer].change() + step
             error += float((downs[layer].change() - mean).square().sum())
             norm += float(mean.square().sum())
-        self._changes, self._down, self._sums = changes, downs, {}
+        self._changes, self._down, self._sums, self._weights = changes, downs, {}, {}
         return error, norm
 
     def _layer_state(self) -> dict[str, Tensor]:

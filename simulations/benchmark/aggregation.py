@@ -279,7 +279,7 @@ def compare(
                 kept.add(cell)
                 progress.stage(f"seed {seed}: {row}: Dice {cell.dice['all']:.3f}, {cell.cpu_s:.0f} CPU s")
     progress.end()
-    return [cell for row in rows for seed in seeds if (cell := kept.get(row, seed)) is not None]
+    return [found for row in rows for seed in seeds if (found := kept.get(row, seed)) is not None]
 
 
 def table(cells: Sequence[Cell]) -> str:

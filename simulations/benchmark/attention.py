@@ -12,18 +12,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
-import gc
 import json
 import math
-import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +27,7 @@ from transformers import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionAttention
 
 from common.backbones.attention import RelativeAttention
+from simulations.benchmark.memory import growth
 
 HEADS, HEAD_WIDTH = 12, 64
 WAYS = ("eager", "masked", "folded")
@@ -116,25 +113,8 @@ def own_peaks(way: str, tokens: int) -> list[float]:
     found = []
     for mode in MODES:
         warm_up(mode)
-        found.append(growth(lambda mode=mode: call(module, hidden, mode)))  # type: ignore[misc]
+        found.append(growth(lambda mode=mode: call(module, hidden, mode)) / 1e6)  # type: ignore[misc]
     return found
-
-
-def growth(work: Callable[[], object]) -> float:
-    """Megabytes of resident memory that ``work`` adds at its peak (Linux)."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide the growth
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
-    before = _status("VmRSS")
-    work()
-    return (_status("VmHWM") - before) / 1e6
-
-
-def _status(name: str) -> int:
-    text = Path("/proc/self/status").read_text(encoding="ascii")
-    found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
-    assert found is not None
-    return int(found.group(1)) * 1024
 
 
 def peaks(way: str, tokens: int) -> list[float]:

@@ -40,7 +40,7 @@ from client.dp.trained import Layout
 from client.prefix_cache import run_prefix
 from common.backbones.dino import build_dinov2
 from common.teacher import shipped_teacher
-from simulations.benchmark.attention import growth
+from simulations.benchmark.memory import growth
 
 SAME = 1e-4  # relative norm of the difference from the plain loop's update that counts as equal
 RANK, WIDTH, BLOCKS, PATCH = 8, 192, 6, 8
@@ -304,7 +304,7 @@ def own_peak(name: str, job: Job) -> float:
     gradients = CONTENDERS[name](task, 1.0)
     step(task, gradients)
     task.zero_grad(set_to_none=True)
-    return growth(lambda: step(task, gradients))
+    return growth(lambda: step(task, gradients)) / 1e6
 
 
 def peak_of(name: str, job: Job) -> float:

@@ -1,4 +1,4 @@
-"""A whole private run by the command: what it leaves, what its report claims, and that its record holds."""
+"""A whole private run by the command: what it leaves, what its report may claim, that its record holds."""
 
 from __future__ import annotations
 

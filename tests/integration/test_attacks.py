@@ -61,7 +61,7 @@ def test_what_nobody_compares_costs_the_teacher(
     clean: Cell, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The probe sees a defence that is missing."""
-    monkeypatch.setattr(server.settling, "compare", lambda geometry: Findings({}, []))
+    monkeypatch.setattr(server.settling, "compare", lambda *_: Findings({}, []))
     cell = measure(pool, Row("none", "scale", 100.0, "harbour"), tmp_path)
     assert cell.used == dict.fromkeys(SITES, 1.0)
     assert cell.dice["all"] < clean.dice["all"] - 0.1

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import server.geometry
 from server.geometry import Geometry, measure
 from server.steps import Group, RoundSteps
 from tests.contract.dense_algebra import LAYERS, shares_of
@@ -47,11 +48,12 @@ def assert_equal(found: Geometry, changes: list[Tensor], tolerance: float = 1e-1
     kinds=st.lists(st.sampled_from(["base", "dp", "one layer"]), min_size=5, max_size=5),
     scales=st.lists(st.sampled_from([0.0, 1e-3, 1.0, 100.0]), min_size=5, max_size=5),
     seed=st.integers(0, 10**6),
+    at_once=st.sampled_from([(1, 3), (2, 7), (16, 1 << 21)]),
 )
 def test_inner_products_are_those_of_the_dense_changes(
-    ranks: list[int], kinds: list[str], scales: list[float], seed: int
+    ranks: list[int], kinds: list[str], scales: list[float], seed: int, at_once: tuple[int, int]
 ) -> None:
-    """Any ranks; sites that train both factors, B alone, or one layer of the two."""
+    """Any ranks, however much is looked at together; sites that train both factors, B alone, or one layer."""
     sites = {f"site-{index}": rank for index, rank in enumerate(ranks)}
     chosen = dict(zip(sites, kinds, strict=False))
     shares = shares_of(sites, {site: EVERY[:1] for site, kind in chosen.items() if kind == "one layer"})
@@ -64,7 +66,9 @@ def test_inner_products_are_those_of_the_dense_changes(
         site: random_steps(sent[site], seed + index, scales[index])
         for index, site in enumerate(sorted(sites))
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.geometry, "TILE", at_once[0])
+        patch.setattr(server.geometry, "BLOCK", at_once[1])
         found = measure(answered(Path(folder), rule, moved))
     assert found.sites == tuple(sorted(sites))
     assert_equal(found, [dense_change(sent[site], moved[site]) for site in sorted(sites)])
