@@ -20,7 +20,7 @@ import server.collect
 import simulations.simulate
 from client.adaptation import Adaptation
 from client.deadline import Deadline
-from client.egress import Egress
+from client.egress import Egress, Noised
 from client.site import Site
 from common.adapter import Adapter, AdapterUpdate
 from common.config import CONFIG_DIR, load_recipe
@@ -127,12 +127,12 @@ class FaultySite:
         client.workshop.adapt(teacher, adapter, train, plan, (order.index, 0), slow)
 
     def release_update(
-        self, egress: Egress, stage: Stage, index: int, update: AdapterUpdate
+        self, egress: Egress, stage: Stage, index: int, update: AdapterUpdate, noised: Noised | None
     ) -> AdapterUpdate:
         fault = self.fault(egress.site, index)
         if fault and fault.spoil and fault.guarded:
             update = replace(update, adapter=fault.spoil(update.adapter))
-        released = self.release(egress, stage, index, update)
+        released = self.release(egress, stage, index, update, noised)
         if fault and fault.spoil and not fault.guarded:
             return replace(released, adapter=fault.spoil(released.adapter))
         return released
