@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from server.report.wording import interval, model_name, score, small
 
 WIDTH = 460
+ROUND_LABEL = 60.0  # width that a round's name takes, with room beside it
 SLOTS = {
     "student": 0, "local_only": 1, "teacher": 2, "local_only_scratch": 3, "local_teacher": 4,
     "personal_teacher": 5,
@@ -160,7 +161,10 @@ def curves(series: Mapping[str, Sequence[tuple[int, Sequence[float]]]], label: s
     across = Scale(0, len(rounds), left, right)
     up = Scale(0.0, peak * 1.04 or 1.0, top + height, top)
     marks = _frame(up, left, right)
+    named = max(1, math.ceil(len(rounds) * ROUND_LABEL / (right - left)))  # one of so many has room
     for place, index in enumerate(rounds):
+        if place % named:
+            continue
         x = across.at(place + 0.5)
         marks.append(element("text", f"round {index}", x=x, y=top + height + 17, class_="tick middle"))
         if place:

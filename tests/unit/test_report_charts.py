@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,14 @@ def test_curves_stay_inside_their_frame(losses: list[list[float]]) -> None:
             assert 0 <= x <= charts.WIDTH
             assert 0 <= y <= height
     assert all(0 <= float(y) <= height for y in re.findall(r'<text x="[^"]*" y="([^"]*)"', svg))
+
+
+@pytest.mark.parametrize("count", [1, 3, 6, 30, 200])
+def test_the_names_of_rounds_do_not_overlap(count: int) -> None:
+    svg = str(charts.curves({"adapter": [(index, [0.1]) for index in range(count)]}, "residual"))
+    places = [float(x) for x in re.findall(r'<text x="([^"]*)"[^>]*>round \d+<', svg)]
+    assert places
+    assert all(after - before >= 50 for before, after in pairwise(places))
 
 
 def test_dots_and_intervals_lie_at_their_values() -> None:
