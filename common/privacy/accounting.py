@@ -19,6 +19,7 @@ from common.privacy.mixtures import mixture_pld
 
 INTERVAL = 1e-4  # of the privacy loss grid, for every figure that is printed
 COARSE_INTERVAL = 1e-3  # for searches and for the ledger's gate: still an upper bound, ten times as fast
+QUICK_INTERVAL = 2e-4
 COARSE_FROM = 1.0  # below this epsilon the coarse grid overstates by more than 0.1 %
 COARSE_COUNT = 2000  # and above this many releases
 
@@ -55,13 +56,13 @@ def epsilon(
 
 
 def quick_epsilon(events: Iterable[Event], delta: float) -> float:
-    """An upper bound at most 0.1 % above `epsilon`, at a tenth of the time where that matters."""
+    """An upper bound at most 0.5 % or 0.001 above `epsilon`, at a tenth of the time."""
     releases = gathered(events)
     if sum(event.count for event in releases) <= COARSE_COUNT:
         coarse = epsilon(releases, delta, interval=COARSE_INTERVAL)
         if coarse >= COARSE_FROM:
             return coarse
-    return epsilon(releases, delta)
+    return epsilon(releases, delta, interval=QUICK_INTERVAL)
 
 
 def deltas_of(events: Iterable[Event], epsilons: Sequence[float], interval: float = INTERVAL) -> list[float]:
@@ -153,7 +154,10 @@ def _composed(events: tuple[Event, ...], neighbouring: Neighbouring, interval: f
 
 
 def _distribution(event: Event, relation: Any, interval: float) -> Any:
-    """The privacy loss distribution of all releases of ``event``."""
+    """The privacy loss distribution of all releases of ``event``.
+
+    The figure's grid is dp-accounting's own; on other grids, and for groups, `mixtures` makes the same.
+    """
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld import privacy_loss_distribution
 
@@ -166,7 +170,8 @@ def _distribution(event: Event, relation: Any, interval: float) -> Any:
             sigma / group, value_discretization_interval=interval
         )
         return single.self_compose(event.count)
-    if group > 1 and event.sample_rate < 1:
+    quick = interval != INTERVAL and relation is NeighboringRelation.ADD_OR_REMOVE_ONE
+    if event.sample_rate < 1 and (group > 1 or quick):
         return mixture_pld(sigma, event.sample_rate, group, interval).self_compose(event.count)
     repeats = event.count
     if event.sample_rate == 1:  # Gaussians of everybody: n of them are one with sigma / sqrt(n)

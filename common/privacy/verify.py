@@ -19,7 +19,7 @@ from common.privacy.budget import Histories, booked_epsilon, settled, spent_epsi
 from common.privacy.bundle import CHECKPOINT
 from common.privacy.checkpoint import read_checkpoint
 from common.privacy.entries import Entry, EntryType, LedgerBroken, chain_faults
-from common.privacy.events import Event, gathered
+from common.privacy.events import Event
 from common.privacy.journal import HEAD, LEDGER, check_head, head_of, read_head, read_lines
 from common.privacy.ledger import RECEIPTS, covers
 from common.privacy.plan import PrivacyPlan
@@ -208,43 +208,51 @@ def _figures(events: tuple[Event, ...], delta: float, found: Findings) -> dict[s
     return {"pld": round(pld, 6), "rdp": None if rdp is None else round(rdp, 6)}
 
 
+_Stage = tuple[str, str]  # run, stage
+
+
 def _steps(entries: Sequence[Entry], found: Findings) -> None:
     """Steps that ran (COMMIT), that were reserved (RESERVE) and that were planned (PLAN), for each stage."""
-    plans: dict[tuple[str, str], PrivacyPlan] = {}
-    reserved: dict[tuple[str, str], list[Event]] = {}
-    executed: Counter[tuple[str, str]] = Counter()
+    plans: dict[_Stage, PrivacyPlan] = {}
+    digests: dict[str, str] = {}
+    reserved: dict[_Stage, list[Event]] = {}
+    executed: Counter[_Stage] = Counter()
     for entry in entries:
         key = (entry.run_id, entry.stage)
         if entry.type is EntryType.plan:
+            digests[entry.run_id] = entry.plan_sha256
             for stage, plan in entry.detail["plans"].items():
                 plans[entry.run_id, stage] = PrivacyPlan.from_json(plan)
         elif entry.type is EntryType.reserve:
             reserved.setdefault(key, []).extend(entry.listed())
             if key not in plans:
                 found.faults.append(f"entry {entry.seq}: reserves for a stage that no plan names")
+            elif entry.plan_sha256 != digests[entry.run_id]:
+                found.faults.append(f"entry {entry.seq}: reserves under another plan than its run's")
         elif entry.type is EntryType.commit:
             executed[key] += sum(event.count for event in entry.listed())
             if not covers(entries[int(entry.detail["settles"])].listed(), entry.listed()):
                 found.faults.append(f"entry {entry.seq}: more steps ran than were reserved")
-    runs = []
-    for key, events in sorted(reserved.items()):
-        planned = plans.get(key)
-        if planned is not None and not covers([planned.event()], events):
-            found.faults.append(f"run {key[0]}, stage {key[1]}: more was reserved than its plan has")
-        booked = sum(event.count for event in gathered(events))
-        steps = None if planned is None else planned.steps
-        runs.append(
-            {"run": key[0], "stage": key[1], "planned": steps, "reserved": booked, "ran": executed[key]}
-        )
-        if executed[key] != steps:
-            found.cautions.append(
-                f"run {key[0]}, stage {key[1]}: {executed[key]} of {steps} steps are committed"
-            )
-    found.facts["runs"] = runs
+    found.facts["runs"] = [
+        _run(key, plans.get(key), events, executed[key], found) for key, events in sorted(reserved.items())
+    ]
     closed = settled(entries)
     left = [e.seq for e in entries if e.type is EntryType.reserve and e.seq not in closed]
     if left:
         found.cautions.append(f"{len(left)} reservations were never closed; they are counted as spent")
+
+
+def _run(
+    key: _Stage, plan: PrivacyPlan | None, reserved: Sequence[Event], ran: int, found: Findings
+) -> dict[str, Any]:
+    name = f"run {key[0]}, stage {key[1]}"
+    planned = None if plan is None else plan.steps
+    if plan is not None and not covers([plan.event()], reserved):
+        found.faults.append(f"{name}: more was reserved than its plan has")
+    if ran != planned:
+        found.cautions.append(f"{name}: {ran} of {planned} steps are committed")
+    booked = sum(event.count for event in reserved)
+    return {"run": key[0], "stage": key[1], "planned": planned, "reserved": booked, "ran": ran}
 
 
 def _payloads(

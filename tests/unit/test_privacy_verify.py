@@ -135,6 +135,11 @@ def shift_settles(entries: list[Entry]) -> None:
             entries[place] = replace(entry, detail={**entry.detail, "settles": entry.detail["settles"] - 1})
 
 
+def other_plan(entries: list[Entry]) -> None:
+    place = first(entries, EntryType.reserve)
+    entries[place] = replace(entries[place], plan_sha256="e" * 64)
+
+
 def expired(entries: list[Entry]) -> None:
     place = first(entries, EntryType.policy)
     detail = {**entries[place].detail, "expires": "2020-01-01T00:00:00+00:00"}
@@ -172,6 +177,7 @@ def earlier(entries: list[Entry]) -> None:
         (other_noise, "more steps ran than were reserved"),
         (no_policy, "under a policy that was not in force"),
         (no_plan, "no plan names"),
+        (other_plan, "another plan than its run's"),
         (expired, "outside the policy's dates"),
         (other_payload, "1 payloads of the ledger have no receipt"),
         (other_payload, "no entry of the ledger pays for it"),
