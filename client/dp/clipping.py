@@ -15,7 +15,7 @@ def add_up_patients(gradients: Tensor, batch: MicroBatch, rows: Tensor) -> None:
     As many rows as images, zeros after the patients, so that shapes do not say how many there are.
     """
     if batch.one_image_each:
-        rows.copy_(gradients.flatten(1))
+        rows.view_as(gradients).copy_(gradients)
     else:
         rows.zero_().index_add_(0, batch.slots, gradients.flatten(1))
 
