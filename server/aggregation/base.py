@@ -1,6 +1,7 @@
 """What every aggregation rule does alike: weights, dense tensors, checks, state.
 
-A rule is driven once a round: ``open_round``, ``fold`` for each reply, ``close_round``; before it,
+A rule is driven once a round: ``open_round``, ``fold`` for each reply, ``close_round``; or, where sites vote,
+``fold_consensus`` once for all of them (`server.robust.voting`). Before it,
 ``adapter_for`` says what each site is sent. A reply is added into running sums and then forgotten, so
 that memory does not grow with sites. Sums are float64, in the order folded: callers fold in the
 sorted order of the sites' names, and then a run is reproducible to the bit.
