@@ -69,7 +69,8 @@ def private_step(
 
         def make() -> tuple[PrivateGradient, int]:
             task = segmentation_task(network, adapter, patients, plan, folder)
-            return _mechanism(task, trained, reservation, source or SystemRandomness()), task.nbytes
+            rows = PHYSICAL_BATCH * sum(parameter.nbytes for parameter in trained.values())
+            return _mechanism(task, trained, reservation, source or SystemRandomness()), task.nbytes + rows
 
         # Folded factors are part of what features are made of, and may be others in every round.
         name = f"{plan.digest} {adapter.folded_digest}"

@@ -44,5 +44,5 @@ def witness(folder: Path, site: str, heads: Sequence[SignedHead]) -> list[str]:
                 notices.append(f"the ledger of {head.site} is signed by a key that was not seen before")
             kept[key] = head
     if kept != before:
-        write_heads(path, kept.values())
+        write_heads(path, kept.values(), lasting=False)  # the next order brings them again
     return notices

@@ -28,17 +28,21 @@ def read_heads(path: Path) -> list[SignedHead]:
         heads = [read_strictly(line, SignedHead, "head") for line in lines]
     except (OSError, UnicodeDecodeError, ArtefactError) as error:
         raise ArtefactError(
-            f"{path} is no file of witnessed ledger heads, or is damaged: ask the witness for it again"
+            f"{path} is no file of witnessed ledger heads, or is damaged: ask the witness for it again, or "
+            "where it is your own, move it away"
         ) from error
     if unsigned := sum(not head.holds for head in heads):
         raise ArtefactError(f"{path}: {unsigned} of {len(heads)} heads are not signed by the key they name")
     return heads
 
 
-def write_heads(path: Path, heads: Iterable[SignedHead]) -> None:
-    """Of each site and key the latest. Raises ``DiskFault`` if the disk does not take it."""
+def write_heads(path: Path, heads: Iterable[SignedHead], lasting: bool = True) -> None:
+    """Of each site and key the latest. Raises ``DiskFault`` if the disk does not take it.
+
+    ``lasting``: as `common.durable.write_atomic` has it.
+    """
     lines = [canonical_json(asdict(head)) + "\n" for head in newest(heads)]
-    write_atomic(path, "".join(lines).encode())
+    write_atomic(path, "".join(lines).encode(), lasting)
 
 
 def heads_of(site: str, keys: Iterable[str], heads: Iterable[SignedHead]) -> list[SignedHead]:

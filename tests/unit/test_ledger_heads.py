@@ -13,6 +13,7 @@ import client.witnesses
 from client.account import OpenLedger
 from client.witnesses import WITNESSED, witness
 from common.errors import ArtefactError
+from common.guard_api import PlanAnswer
 from common.privacy import journal
 from common.privacy.budget import Caps
 from common.privacy.bundle import read_bundle
@@ -23,6 +24,7 @@ from common.privacy.journal import HEAD, LEDGER
 from common.privacy.ledger import Ledger
 from common.privacy.verify import Evidence, verify
 from common.privacy.witness import read_heads, write_heads
+from server import roll_call
 from server import witness as server
 from server.witness import Witness
 
@@ -233,6 +235,17 @@ def test_the_server_takes_no_answer_whose_head_is_wrong() -> None:
     witness.take("east", head("east", 6, Ed25519PrivateKey.generate()))
     with pytest.raises(ArtefactError, match=server.UNASKED):
         Witness(private=False).take("east", head("east", 1))
+
+
+def test_a_site_whose_head_went_back_is_not_in_the_run() -> None:
+    witness = Witness(private=True)
+    witness.take("east", head("east", 5))
+    told = [PlanAnswer(site, True, "", preset="lite", ledger_head=head(site, 4)) for site in ("east", "west")]
+    refused = PlanAnswer("north", False, "", "REFUSED_LEDGER")
+    answers = [("node-1", told[0]), ("node-2", told[1]), ("node-3", refused)]
+    assert roll_call._witnessed(witness, answers) == {"node-1": server.WENT_BACK}
+    witness.save()
+    assert witness.shown_to("node-1") == [head("east", 5), head("west", 4)]
 
 
 def test_what_orders_show_is_on_the_disk_and_never_less(tmp_path: Path) -> None:
