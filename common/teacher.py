@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import checkpoints
+from common import checkpoints, public_factors
 from common.adapter import Adapter
 from common.backbones import build_backbone
 from common.backbones.base import Backbone, Features, fit_to_unit
@@ -24,6 +24,7 @@ from common.canonical import canonical_json
 from common.decoder import MaskDecoder
 from common.errors import ArtefactError, ConfigError
 from common.plan import RunPlan, rebuild
+from common.public_factors import with_public_rows
 from common.recipe import DataConfig, DecoderTraining, TeacherConfig
 from common.seeding import derive_seed
 from common.tuning.halves import BOTH, Halves
@@ -209,6 +210,15 @@ def teacher_for(adapter: Adapter, plan: RunPlan) -> ResidentTeacher:
 def initial_adapter(config: TeacherConfig, data: DataConfig, seed: int) -> Adapter:
     """What round 0 starts from; the same for every site of a run that trains by these settings."""
     return resident_teacher(config, data).slots.initial(derive_seed(seed, "teacher", "lora_A"))
+
+
+def private_initial_adapter(config: TeacherConfig, data: DataConfig, seed: int) -> Adapter:
+    """What a run under differential privacy starts from: `initial_adapter`, with public rows for A.
+
+    Raises ``ArtefactError`` if it has factors and the teacher has no public ones; A is never left random.
+    """
+    start = initial_adapter(config, data, seed)
+    return with_public_rows(start, public_factors.load(config.name)) if start.layers() else start
 
 
 def teacher_info(name: str) -> dict[str, Any]:

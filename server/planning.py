@@ -61,12 +61,13 @@ class FirstAdapters:
 
 
 def first_adapters(recipe: Recipe) -> FirstAdapters:
-    """Raises ``ArtefactError`` if the recipe names models that are not there."""
+    """Raises ``ArtefactError`` if the recipe names models that are not there, or public factors."""
     from common import generator, teacher
 
     federated = recipe.generator.scope is GeneratorScope.federated
+    first = teacher.private_initial_adapter if recipe.privacy.asked else teacher.initial_adapter
     return FirstAdapters(
-        [teacher.initial_adapter(one, recipe.data, recipe.run.seed) for one in variant_settings(recipe)],
+        [first(one, recipe.data, recipe.run.seed) for one in variant_settings(recipe)],
         generator.initial_adapter(recipe.generator, recipe.run.seed) if federated else None,
     )
 
@@ -111,7 +112,7 @@ def build_plan(recipe: Recipe, run_id: str, first: FirstAdapters | None = None) 
         models=model_digests(recipe),
         stages=stages,
         payloads=[spec for s in stages if s is not Stage.adapt for spec in _payloads(s, first, aggregation)],
-        variants=[Variant(a.preset, a.rank, _in_turn(Stage.adapt, a, aggregation)) for a in first.teachers],
+        variants=[_variant(adapter, recipe) for adapter in first.teachers],
         data=replace(recipe.data, root=None),
         teacher=recipe.teacher,
         aggregation=recipe.aggregation,
@@ -155,6 +156,12 @@ def _payloads(stage: Stage, first: FirstAdapters, aggregation: AggregationConfig
         return [PayloadSpec(stage, [], sorted(set(_paths(kind, name))), max_bytes)]
     assert first.generator is not None, "only the federated scope has a generator stage"
     return _in_turn(stage, first.generator, aggregation)
+
+
+def _variant(adapter: Adapter, recipe: Recipe) -> Variant:
+    pinned = adapter.a_sha256 if recipe.privacy.asked else ""
+    payloads = _in_turn(Stage.adapt, adapter, recipe.aggregation)
+    return Variant(adapter.preset, adapter.rank, payloads, pinned)
 
 
 def _in_turn(stage: Stage, adapter: Adapter, aggregation: AggregationConfig) -> list[PayloadSpec]:

@@ -76,6 +76,5 @@ def test_a_state_of_another_momentum_is_refused(saved: float, asked: float) -> N
 
 def test_without_a_factor_the_move_is_the_step_and_nothing_is_kept() -> None:
     momentum, step = Momentum(), torch.ones(2, dtype=torch.float64)
-    momentum.next_round()
-    assert momentum.move("x", step) is step
-    assert momentum.state() == {}
+    assert momentum.next_round().move("x", step) is step
+    assert momentum.next_round().state() == {}
