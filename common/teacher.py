@@ -224,7 +224,7 @@ def private_initial_adapter(config: TeacherConfig, data: DataConfig, seed: int) 
 def teacher_info(name: str) -> dict[str, Any]:
     """The card of a teacher, with what each adapter preset trains of its encoder at its default rank.
 
-    A preset of layers that the encoder does not have (``fused`` on DINO) is left out.
+    Of a preset that trains B alone also the digests of its public A, a rank. A preset of layers that the encoder does not have (``fused`` on DINO) is left out.
     """
     card = dict(checkpoints.card(name))
     with torch.device("meta"):
@@ -238,12 +238,25 @@ def teacher_info(name: str) -> dict[str, Any]:
 def _preset_info(name: str, preset: str) -> dict[str, Any]:
     """What a preset trains of the encoder, counted in the network itself, built without any memory."""
     slots = _slots_without_memory(TeacherConfig(name, preset, decoder=DecoderTraining.frozen))
-    return {
+    info = {
         "kind": str(PRESETS[preset].kind),
         "rank": slots.plan.rank,
         "targets": _endings(slots.network, [*slots.plan.layers, *slots.plan.dense]),
         "elements": sum(parameter.numel() for parameter in slots.trainable().values()),
     }
+    return info if sends_a(preset) else {**info, "a_matrix_sha256": _public_digests(name, slots.plan)}
+
+
+def _public_digests(name: str, plan: SlotPlan) -> dict[str, str]:
+    """Rank -> digest of the public A of ``plan``'s layers, as a policy lists it; empty where there is none."""
+    if public_factors.missing(name):
+        return {}
+    rows = public_factors.load(name)
+    digests = {}
+    for rank in range(1, public_factors.MOST_ROWS + 1):
+        factors = {f"{layer}.lora_A": rows[layer][:rank] for layer in plan.layers}
+        digests[str(rank)] = Adapter(factors, plan.base_sha256, rank, plan.preset).a_sha256
+    return digests
 
 
 def _decoder_elements(name: str, training: DecoderTraining) -> int:

@@ -10,10 +10,10 @@ where |G_i| is the length over all layers of the encoder, or of the decoder: as 
 counts by the direction of its gradient and not by its length. Images one by one, and not their mean gradient,
 which is nearly zero where the teacher was trained on the same kind of image.
 
-The teacher may be any that is installed; that of an imported one lies beside it. The same seed, machine and
-thread count give the same file. The images are of no patient, so the factors cost no privacy, and whoever
-distrusts the file can make it again. At the end the digests of A are shown that a policy allows
-(``payload.a_matrix_sha256``).
+The teacher may be any that is installed; the factors of an imported one come to lie beside it. The same seed,
+machine and thread count give the same file. The images are of no patient, so the factors cost no privacy, and
+whoever distrusts the file can make it again. ``wardround teacher info`` shows the digests of A that a policy
+lists (``payload.a_matrix_sha256``).
 """
 
 from __future__ import annotations
