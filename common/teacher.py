@@ -224,7 +224,8 @@ def private_initial_adapter(config: TeacherConfig, data: DataConfig, seed: int) 
 def teacher_info(name: str) -> dict[str, Any]:
     """The card of a teacher, with what each adapter preset trains of its encoder at its default rank.
 
-    Of a preset that trains B alone also the digests of its public A, a rank. A preset of layers that the encoder does not have (``fused`` on DINO) is left out.
+    Of a preset that trains B alone also the digest of its public A at each rank. A preset of layers that the
+    encoder does not have (``fused`` on DINO) is left out.
     """
     card = dict(checkpoints.card(name))
     with torch.device("meta"):
@@ -248,7 +249,7 @@ def _preset_info(name: str, preset: str) -> dict[str, Any]:
 
 
 def _public_digests(name: str, plan: SlotPlan) -> dict[str, str]:
-    """Rank -> digest of the public A of ``plan``'s layers, as a policy lists it; empty where there is none."""
+    """Rank -> digest of the public A of ``plan``'s layers, as a policy lists it; empty without public A."""
     if public_factors.missing(name):
         return {}
     rows = public_factors.load(name)
