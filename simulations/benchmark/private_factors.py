@@ -37,10 +37,10 @@ from common.teacher import ResidentTeacher, initial_adapter, private_initial_ada
 from server.aggregation import Share, build_rule
 from simulations.benchmark.pool import Pool
 
-PATIENTS = 200  # of a site
+PATIENTS = 150  # of a site
 SETTINGS = (
     "data.classes=[{name: vessel, label: 255, like: vessel}]", "generator.scope=none",
-    "privacy.epsilon=8", "privacy.sample_rate=0.1", "privacy.steps=16", "privacy.max_images_per_patient=1",
+    "privacy.epsilon=8", "privacy.sample_rate=0.1", "privacy.steps=8", "privacy.max_images_per_patient=1",
 )  # fmt: skip
 
 

@@ -47,16 +47,15 @@ def test_a_private_run_is_booked_reported_and_verified(elsewhere: Path) -> None:
 
 
 def test_a_private_run_of_b_alone_keeps_the_public_a_and_is_verified(elsewhere: Path) -> None:
-    """Factors at the encoder beside the decoder's head: the A of every round is the one that the plan names."""
+    """Factors at the encoder beside the decoder's head: A is to the end what the plan names."""
     chosen = ("teacher.adapter=dp", "teacher.decoder=head", "aggregation.rule=ffa", "baselines=[]")
     done = walks.invoke("simulate", "smoke", "--out", "run", *PRIVATE, *chosen)
     assert done.exit_code == 0, done.output
     assert walks.report_of(elsewhere / "run").privacy["west"].guarantee
     for site in ("east", "west"):
-        found = json.loads(
-            walks.invoke("privacy", "verify", "--bundle", f"run/sites/{site}", "--json").stdout
-        )
-        assert found["egress"]["without_mechanism"] == 0
+        verified = walks.invoke("privacy", "verify", "--bundle", f"run/sites/{site}", "--json")
+        assert verified.exit_code == 0
+        assert json.loads(verified.stdout)["egress"]["without_mechanism"] == 0
         plan = RunPlan.from_json((elsewhere / "run" / "sites" / site / "plan.json").read_text())
         taught = Adapter.load(elsewhere / "run" / "teacher" / "adapter.safetensors")
         assert taught.a_sha256 == plan.variants[0].a_sha256 != ""
