@@ -52,7 +52,7 @@ class AggregationRule(ABC):
 
     def __init__(self, config: AggregationConfig) -> None:
         self.config = config
-        self.momentum = Momentum()  # of dense tensors; set before `start` or `restore`
+        self.momentum = Momentum()  # of dense tensors (and B of `ffa`); set before `start` or `restore`
         self._initial: Adapter | None = None
         self._shares: dict[str, Share] = {}
         self._whole: Share | None = None
