@@ -61,6 +61,8 @@ ARMS = (
     Arm("decoder", "decoder", "full"),
     Arm("random A, decoder", "dp", "full", public=False),
     Arm("public A, decoder", "dp", "full"),
+    Arm("random A alone", "dp", "frozen", public=False),
+    Arm("public A alone", "dp", "frozen"),
 )
 
 
