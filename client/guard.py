@@ -18,6 +18,7 @@ from client.deadline import Deadline
 from client.egress import Egress, Noised
 from client.faults import border_answer, keep_notice
 from client.patients import Patient, Split, of_split
+from client.pinned_factors import check_named, check_sent
 from client.site import Site
 from client.style import summarise_style
 from client.witnesses import witness
@@ -55,6 +56,8 @@ class Guard:
             self._check(account, order)
             account.check_affordable()
             variant = self.site.variant(plan)
+            if account.private:
+                check_named(variant)
             answer = replace(answer, preset=variant.preset, rank=variant.rank)
             self._labelled(plan)  # a site that cannot read its data says so now, not in the middle
             self.site.accept(plan)
@@ -70,6 +73,8 @@ class Guard:
 
     def adapt(self, order: Round, adapter: Adapter) -> AdapterUpdate:
         plan, account = self._heed(order)
+        if account.private:
+            self._check_factors(plan, account, adapter)
         train = self._labelled(plan)
         if account.private:
             update, noised = self._noised_update(plan, order, adapter, account, train)
@@ -155,6 +160,14 @@ class Guard:
         for name, digest in plan.models.items():
             if checkpoints.base_sha256(name) != digest:
                 raise ArtefactError(f"the plan's {name} is not this site's: install the same release")
+
+    def _check_factors(self, plan: RunPlan, account: Account, sent: Adapter) -> None:
+        """Raises ``PolicyRefusal`` for another A than the plan's, and books it."""
+        try:
+            check_sent(self.site.variant(plan), sent)
+        except PolicyRefusal as refusal:
+            account.refuse(refusal)
+            raise
 
     def _patients(self, plan: RunPlan) -> list[Patient]:
         return self.site.patients(plan.data, plan.seed)

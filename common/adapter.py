@@ -74,6 +74,15 @@ class Adapter:
     def elements(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
+    @property
+    def a_sha256(self) -> str:
+        """SHA-256 (hex) of the factors A as float32, names and shapes among it; empty where there are none.
+
+        The same for every dtype that the values travel in, as long as that changes none of them.
+        """
+        factors = {name: t.float() for name, t in self.tensors.items() if name.endswith(".lora_A")}
+        return tensors_digest(factors) if factors else ""
+
     def layers(self) -> list[str]:
         """The layers that carry factors which a site trains, in order."""
         return sorted(name.removesuffix(".lora_B") for name in self.tensors if name.endswith(".lora_B"))

@@ -66,11 +66,14 @@ class Variant:
 
     Attributes:
         payloads: of the rounds in turn: one where every round sends the same, two where a rule alternates.
+        a_sha256: of a private run, the digest of the factors A that it keeps (`Adapter.a_sha256`); empty
+            where there are none, or where the run may change them.
     """
 
     preset: str
     rank: int
     payloads: list[PayloadSpec]
+    a_sha256: str = ""
 
     def payload(self, round_index: int) -> PayloadSpec:
         """What goes up in round ``round_index`` (0-based)."""

@@ -47,6 +47,8 @@ MIXED_RANK_RULES = ("exact_split", "flora", "flexlora", "hetlora", "dual")
 MIXED_PRESET_RULES = ("exact_split", "flora", "dual")
 FIXED_A_RULES = ("ffa", "fedsvd")
 ALTERNATING_RULES = ("rolora",)
+# Of those with a fixed A, the rules that never move it between rounds either, as a private run wants it.
+PINNED_A_RULES = ("ffa",)
 # Rules that hold as many components as `AggregationConfig.max_rank`, the trainable ones among them.
 SPLIT_RULES = ("exact_split", "dual")
 # Rules under which each site trains an adapter of its own after the last round, which stays at home.

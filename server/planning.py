@@ -62,12 +62,13 @@ class FirstAdapters:
 
 
 def first_adapters(recipe: Recipe) -> FirstAdapters:
-    """Raises ``ArtefactError`` if the recipe names models that are not there."""
+    """Raises ``ArtefactError`` if the recipe names models that are not there, or public factors."""
     from common import generator, teacher
 
     federated = recipe.generator.scope is GeneratorScope.federated
+    first = teacher.private_initial_adapter if recipe.privacy.asked else teacher.initial_adapter
     return FirstAdapters(
-        [teacher.initial_adapter(one, recipe.data, recipe.run.seed) for one in variant_settings(recipe)],
+        [first(one, recipe.data, recipe.run.seed) for one in variant_settings(recipe)],
         generator.initial_adapter(recipe.generator, recipe.run.seed) if federated else None,
     )
 
@@ -105,7 +106,7 @@ def build_plan(recipe: Recipe, run_id: str, first: FirstAdapters | None = None) 
     """
     first, stages, aggregation = first or first_adapters(recipe), run_stages(recipe), recipe.aggregation
     payloads = [spec for s in stages if s is not Stage.adapt for spec in _payloads(s, first, aggregation)]
-    variants = [Variant(a.preset, a.rank, _in_turn(Stage.adapt, a, aggregation)) for a in first.teachers]
+    variants = [_variant(adapter, recipe) for adapter in first.teachers]
     if recipe.privacy.asked:
         payloads = [spec if spec.stage is Stage.style else _with_head(spec) for spec in payloads]
         variants = [replace(one, payloads=[_with_head(spec) for spec in one.payloads]) for one in variants]
@@ -171,6 +172,12 @@ def _with_head(spec: PayloadSpec) -> PayloadSpec:
     table = f"{TABLES[spec.stage][0]}." if spec.stage in TABLES else ""
     names = [f"{table}{HEAD}.{name}" for name in HEAD_NUMBERS]
     return replace(spec, numbers=[*spec.numbers, *names], max_bytes=spec.max_bytes + HEAD_BYTES)
+
+
+def _variant(adapter: Adapter, recipe: Recipe) -> Variant:
+    pinned = adapter.a_sha256 if recipe.privacy.asked else ""
+    payloads = _in_turn(Stage.adapt, adapter, recipe.aggregation)
+    return Variant(adapter.preset, adapter.rank, payloads, pinned)
 
 
 def _in_turn(stage: Stage, adapter: Adapter, aggregation: AggregationConfig) -> list[PayloadSpec]:

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 from client.witnesses import WITNESSED
+from common.adapter import Adapter
 from common.canonical import canonical_json
+from common.plan import RunPlan
 from common.privacy.accounting import epsilon
 from common.privacy.events import Event
 from common.privacy.journal import HEAD, LEDGER, read_lines
@@ -47,6 +49,24 @@ def test_a_private_run_is_booked_reported_and_verified(elsewhere: Path) -> None:
     resumed = walks.invoke("simulate", "smoke", "--out", "run", "--resume", *PRIVATE)
     assert resumed.exit_code == 0, resumed.output
     assert walks.report_of(run).privacy["west"].epsilon == report.privacy["west"].epsilon
+
+
+def test_a_private_run_of_b_alone_keeps_the_public_a_and_is_verified(elsewhere: Path) -> None:
+    """Factors at the encoder beside the decoder's head: A is to the end what the plan names."""
+    chosen = ("teacher.adapter=dp", "teacher.decoder=head", "aggregation.rule=ffa", "baselines=[]")
+    done = walks.invoke("simulate", "smoke", "--out", "run", *PRIVATE, *chosen)
+    assert done.exit_code == 0, done.output
+    assert walks.report_of(elsewhere / "run").privacy["west"].guarantee
+    for site in ("east", "west"):
+        verified = walks.invoke("privacy", "verify", "--bundle", f"run/sites/{site}", "--json")
+        assert verified.exit_code == 0
+        assert json.loads(verified.stdout)["egress"]["without_mechanism"] == 0
+        plan = RunPlan.from_json((elsewhere / "run" / "sites" / site / "plan.json").read_text())
+        taught = Adapter.load(elsewhere / "run" / "teacher" / "adapter.safetensors")
+        assert taught.a_sha256 == plan.variants[0].a_sha256 != ""
+        assert any(t.any() for name, t in taught.tensors.items() if name.endswith(".lora_B"))
+    listed = json.loads(walks.invoke("teacher", "info", "ward-sam-tiny", "--json").stdout)["presets"]["dp"]
+    assert listed["a_matrix_sha256"]["4"] == taught.a_sha256
 
 
 def _verified_and_then_not(site: Path) -> None:
