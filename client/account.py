@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from client.consent import asked_of, signed_policy
+from client.dp.dress_rehearsal import rehearse
 from client.patients import Patient
 from client.site import Site
+from common.code_digest import code_sha256
 from common.errors import BudgetExceeded, PolicyRefusal, WardroundError
 from common.plan import RunPlan, Stage
 from common.privacy.accounting import quick_epsilon
+from common.privacy.audits import REHEARSAL, lately_rehearsed, save_audit
 from common.privacy.budget import Caps, booked_epsilon
 from common.privacy.entries import Context, Entry, EntryType, Payload
 from common.privacy.ledger import Ledger, system_clock
 from common.privacy.plan import PlanSettings, PrivacyPlan, calibrate
+from common.privacy.policy import AuditRules
 from common.privacy.terms import agree, check_in_force, policy_record
 from common.recipe import PrivacyConfig
 
@@ -141,6 +145,32 @@ class Account:
         if self.policy is not None:
             check_in_force(self.policy, system_clock(), self._ledger.entries)
 
+    def rehearse(self) -> None:
+        """This build adds the noise and draws the patients that the plan says: shown on made-up data.
+
+        It is shown anew unless the ledger knows of a rehearsal of the same code that passed, and that the
+        policy does not call old. What came of it is booked and kept in ``audits/rehearsal.json``.
+
+        Raises:
+            PolicyRefusal: it does not (field ``audit``). Nothing was computed on a patient.
+        """
+        if self.terms is None:
+            return
+        rules = AuditRules() if self.policy is None else self.policy.audit
+        code = _installed_code()
+        if lately_rehearsed(self._ledger.entries, code, system_clock(), rules.rehearsal_max_age_days):
+            return
+        found = rehearse(self.terms)
+        kept = save_audit(self._site.folder, REHEARSAL, found.to_json())
+        detail = {"kind": REHEARSAL, "passed": found.passed, "code_sha256": code, **kept}
+        self._ledger.record(EntryType.audit, self._context, detail, STAGE)
+        if not found.passed:
+            raise PolicyRefusal(
+                "this build does not do what its plan says: see audits/rehearsal.json, and install a build "
+                "that passes",
+                field="audit",
+            )
+
     def begin(self) -> None:
         """Book the policy in force and the run's plan, each once."""
         if self.terms is None:
@@ -220,6 +250,12 @@ class Account:
         for number in self._ledger.open_reservations():
             if self._mine(self._ledger.entries[number]):
                 self._ledger.void(number, "nothing left under it")
+
+
+@lru_cache(maxsize=1)
+def _installed_code() -> str:
+    """Digest of the code that runs here, whatever the plan says of its own."""
+    return code_sha256()
 
 
 def _ids(patients: Sequence[Patient]) -> list[str]:

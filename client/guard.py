@@ -51,6 +51,7 @@ class Guard:
             account.check_affordable()
             variant = self.site.variant(plan)
             answer = replace(answer, preset=variant.preset, rank=variant.rank)
+            account.rehearse()
             self._labelled(plan)  # a site that cannot read its data says so now, not in the middle
             self.site.accept(plan)
             account.begin()
@@ -174,6 +175,7 @@ class Guard:
         self, plan: RunPlan, order: Round, sent: Adapter, account: Account, train: Sequence[Patient]
     ) -> tuple[AdapterUpdate, Noised]:
         """One noised step, reserved before its first gradient; nothing beside it is measured on patients."""
+        account.rehearse()  # of another build than agreed to the plan, if it was replaced since
         reservation = account.reserve(train)
         made = workshop.private_teacher_step(self.site, plan, unpack(sent), train, order, reservation)
         update = AdapterUpdate(

@@ -105,6 +105,11 @@ class SyntheticLabels(StrEnum):
     both = "both"  # their mean
 
 
+class Holdout(StrEnum):
+    none = "none"
+    coin = "coin"  # each labelled training patient is left out by a fair coin, for audits: costs about half
+
+
 @dataclass(frozen=True)
 class RunConfig:
     seed: int = 0
@@ -289,6 +294,13 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """What every simulated site keeps back for `wardround privacy audit`; a real one says so itself."""
+
+    holdout: Holdout = Holdout.none
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     """What a site allows, whatever the server asks."""
 
@@ -322,6 +334,7 @@ class Recipe:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     baselines: list[str] = field(default_factory=lambda: ["local_only", "local_only_scratch"])
@@ -334,7 +347,8 @@ class SiteFile:
     ``manifest`` and ``officer_key`` are relative to the file. ``student``, ``adapter`` and ``rank`` None take
     the plan's. ``patients``, the labelled ones that train, is what the site declares in a private run: it is
     public, and the noise is divided by it. ``officer_key`` is the public key of who signs ``policy.json``
-    beside this file; without it there is no such policy.
+    beside this file; without it there is no such policy. ``holdout``: whom a coin leaves out of training, so
+    that artefacts can be audited; ``patients`` is then about half of the labelled ones.
     """
 
     name: str = ""
@@ -345,3 +359,4 @@ class SiteFile:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     patients: int | None = None
     officer_key: str | None = None
+    holdout: Holdout = Holdout.none

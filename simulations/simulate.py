@@ -85,8 +85,9 @@ def prepare_sites(recipe: Recipe, folder: Path) -> list[str]:
             if not manifest.is_file():
                 raise DataError(f"site {name}: {manifest} does not exist; mend sites.{name}.manifest")
         said = SiteFile(name, str(manifest), site.student, site.adapter, site.rank, recipe.policy)
+        said = replace(said, holdout=recipe.audit.holdout)
         if recipe.privacy.asked:
-            said = replace(said, patients=declared_patients(site))
+            said = replace(said, patients=declared_patients(site, recipe.audit.holdout))
             _open_ledger(home, name, recipe.privacy.delta)
         save_site(said, home / "site.yaml")
     return sorted(configs)
