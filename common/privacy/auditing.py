@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,7 @@ def one_run_p_value(epsilon: float, counts: tuple[int, int, int], delta: float) 
     return float(min(1.0, reached + 2 * canaries * delta * gains.max()))
 
 
+@lru_cache(maxsize=4096)
 def one_run_epsilon(counts: tuple[int, int, int], delta: float, alpha: float = ALPHA) -> float:
     """The largest epsilon that ``counts`` (as for `one_run_p_value`) reject at level ``alpha``; 0: none.
 
