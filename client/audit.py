@@ -68,9 +68,6 @@ def audit_site(site: Site, run: Path | None = None) -> Audit:
     plan, rules = last_plan(site), AuditRules()
     if (site.folder / POLICY).exists():
         rules = read_policy(site.folder / POLICY).audit
-    rehearsal = None
-    if plan.privacy.asked and site.declared is not None:
-        rehearsal = rehearse(privacy_plan(plan.privacy, site.declared), thorough=True)
     subjects = subjects_of(site, plan)
     artefacts: list[Membership] = []
     missing = []
@@ -85,6 +82,9 @@ def audit_site(site: Site, run: Path | None = None) -> Audit:
         artefacts.append(audit_student(site, plan, subjects, rules.alpha))
     else:
         missing.append("the student: the run did not come so far")
+    rehearsal = None
+    if plan.privacy.asked and site.declared is not None:
+        rehearsal = rehearse(privacy_plan(plan.privacy, site.declared), thorough=True)
     return Audit(plan, rehearsal, artefacts, missing)
 
 
