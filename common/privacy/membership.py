@@ -21,7 +21,7 @@ from common.privacy.events import Event
 
 FALSE_POSITIVE_RATES = (0.01, 0.1)
 ATTACK = "calibrated loss"
-NOT_RUN = ("RMIA", "LiRA", "malicious server", "gradient inversion")
+NOT_RUN = ("boundary loss", "RMIA", "LiRA", "malicious server", "gradient inversion")
 
 
 class Assignment(StrEnum):

@@ -55,3 +55,6 @@ def _verified_and_then_not(site: Path) -> None:
     ledger.write_bytes(whole)
     found = json.loads(walks.invoke("privacy", "verify", "--bundle", site, "--json").stdout)
     assert found["egress"]["without_mechanism"] == 0
+    assert not any("rehearsal" in caution for caution in found["cautions"]), (
+        "one passed before the first step"
+    )
