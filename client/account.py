@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from client.consent import asked_of, signed_policy
-from client.dp.dress_rehearsal import rehearse
+from client.dp.dress_rehearsal import installed_code, rehearse
 from client.patients import Patient
 from client.site import Site
-from common.code_digest import code_sha256
 from common.errors import BudgetExceeded, PolicyRefusal, WardroundError
 from common.plan import RunPlan, Stage
 from common.privacy.accounting import quick_epsilon
@@ -24,7 +23,6 @@ from common.privacy.budget import Caps, booked_epsilon
 from common.privacy.entries import Context, Entry, EntryType, Payload
 from common.privacy.ledger import Ledger, system_clock
 from common.privacy.plan import PlanSettings, PrivacyPlan, calibrate
-from common.privacy.policy import AuditRules
 from common.privacy.terms import agree, check_in_force, policy_record
 from common.recipe import PrivacyConfig
 
@@ -156,9 +154,8 @@ class Account:
         """
         if self.terms is None:
             return
-        rules = AuditRules() if self.policy is None else self.policy.audit
-        code = _installed_code()
-        if lately_rehearsed(self._ledger.entries, code, system_clock(), rules.rehearsal_max_age_days):
+        code = installed_code()
+        if lately_rehearsed(self._ledger.entries, code, system_clock(), self.policy):
             return
         found = rehearse(self.terms)
         kept = save_audit(self._site.folder, REHEARSAL, found.to_json())
@@ -250,12 +247,6 @@ class Account:
         for number in self._ledger.open_reservations():
             if self._mine(self._ledger.entries[number]):
                 self._ledger.void(number, "nothing left under it")
-
-
-@lru_cache(maxsize=1)
-def _installed_code() -> str:
-    """Digest of the code that runs here, whatever the plan says of its own."""
-    return code_sha256()
 
 
 def _ids(patients: Sequence[Patient]) -> list[str]:

@@ -49,9 +49,9 @@ class Guard:
             account = Account(self.site, plan)
             account.check()
             account.check_affordable()
+            account.rehearse()
             variant = self.site.variant(plan)
             answer = replace(answer, preset=variant.preset, rank=variant.rank)
-            account.rehearse()
             self._labelled(plan)  # a site that cannot read its data says so now, not in the middle
             self.site.accept(plan)
             account.begin()

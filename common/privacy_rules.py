@@ -12,7 +12,6 @@ from common.recipe import (
     PERSONAL_RULES,
     DecoderTraining,
     GeneratorScope,
-    Holdout,
     PrivacyConfig,
     Recipe,
     SiteConfig,
@@ -37,10 +36,9 @@ def privacy_faults(recipe: Recipe) -> Iterator[Fault]:
     yield from _site_faults(recipe)
 
 
-def declared_patients(site: SiteConfig, holdout: Holdout = Holdout.none) -> int | None:
-    """The patients that a simulated site declares, half of them where coins leave out; None: it does not."""
-    declared = site.patients or (site.phantom.train_patients if site.phantom else None)
-    return declared if declared is None or holdout is Holdout.none else max(1, declared // 2)
+def declared_patients(site: SiteConfig) -> int | None:
+    """The patients that a simulated site declares; None: it does not."""
+    return site.patients or (site.phantom.train_patients if site.phantom else None)
 
 
 def _training_faults(recipe: Recipe) -> Iterator[Fault]:
@@ -77,7 +75,7 @@ def _site_faults(recipe: Recipe) -> Iterator[Fault]:
     if recipe.cohort:
         yield Fault("cohort", "its sites declare no number of patients", "name sites, each with patients")
     for index, site in enumerate(recipe.sites):
-        patients = declared_patients(site, recipe.audit.holdout)
+        patients = declared_patients(site)
         if patients is None:
             what = "a private run divides by a number of patients that is public"
             yield Fault(f"sites[{index}].patients", what, "declare the labelled ones that train")

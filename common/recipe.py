@@ -347,8 +347,7 @@ class SiteFile:
     ``manifest`` and ``officer_key`` are relative to the file. ``student``, ``adapter`` and ``rank`` None take
     the plan's. ``patients``, the labelled ones that train, is what the site declares in a private run: it is
     public, and the noise is divided by it. ``officer_key`` is the public key of who signs ``policy.json``
-    beside this file; without it there is no such policy. ``holdout``: whom a coin leaves out of training, so
-    that artefacts can be audited; ``patients`` is then about half of the labelled ones.
+    beside this file; without it there is no such policy.
     """
 
     name: str = ""
@@ -359,4 +358,4 @@ class SiteFile:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     patients: int | None = None
     officer_key: str | None = None
-    holdout: Holdout = Holdout.none
+    holdout: Holdout = Holdout.none  # with coins, about half of the labelled ones are declared as patients

@@ -19,7 +19,7 @@ from common.privacy.budget import Caps
 from common.privacy.journal import LEDGER
 from common.privacy.ledger import Ledger
 from common.privacy_rules import declared_patients
-from common.recipe import Engine, Recipe, SiteConfig, SiteFile
+from common.recipe import Engine, Holdout, Recipe, SiteConfig, SiteFile
 from server.outcome import RunOutcome
 from server.report import REPORT_JSON, rebuild
 from simulations.assemble import assemble_report
@@ -85,12 +85,19 @@ def prepare_sites(recipe: Recipe, folder: Path) -> list[str]:
             if not manifest.is_file():
                 raise DataError(f"site {name}: {manifest} does not exist; mend sites.{name}.manifest")
         said = SiteFile(name, str(manifest), site.student, site.adapter, site.rank, recipe.policy)
-        said = replace(said, holdout=recipe.audit.holdout)
         if recipe.privacy.asked:
-            said = replace(said, patients=declared_patients(site, recipe.audit.holdout))
+            said = replace(said, patients=declared_patients(site))
             _open_ledger(home, name, recipe.privacy.delta)
-        save_site(said, home / "site.yaml")
+        save_site(_with_holdout(said, recipe.audit.holdout), home / "site.yaml")
     return sorted(configs)
+
+
+def _with_holdout(said: SiteFile, holdout: Holdout) -> SiteFile:
+    """Where coins leave about half of the patients out, half as many are declared."""
+    if holdout is Holdout.none:
+        return said
+    declared = None if said.patients is None else max(1, said.patients // 2)
+    return replace(said, holdout=holdout, patients=declared)
 
 
 def _open_ledger(home: Path, site: str, delta: float) -> None:

@@ -7,6 +7,7 @@ patient's data are needed, so it may be repeated at will.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from client.dp.canaries import CanaryCheck, WorstCase, check_canaries, check_worst_case
@@ -102,6 +103,12 @@ class Rehearsal:
         return found
 
 
+@lru_cache(maxsize=1)
+def installed_code() -> str:
+    """Digest of the code that runs here, whatever a plan says of its own."""
+    return code_sha256()
+
+
 def rehearse(plan: PrivacyPlan, source: Randomness | None = None, thorough: bool = False) -> Rehearsal:
     """Test noise, draws and clip with ``plan``'s settings; if ``thorough`` on more numbers, and by attacks.
 
@@ -117,7 +124,7 @@ def rehearse(plan: PrivacyPlan, source: Randomness | None = None, thorough: bool
         if attempts == ATTEMPTS or (noise.passed and sampler.passed):
             break
     return Rehearsal(
-        code_sha256(),
+        installed_code(),
         plan,
         attempts,
         noise,

@@ -11,6 +11,7 @@ from typing import Any
 from common.canonical import sha256_of
 from common.durable import write_atomic
 from common.privacy.entries import Entry, EntryType
+from common.privacy.policy import AuditRules, Policy
 
 AUDITS = "audits"  # below the site's folder; stays there
 REHEARSAL, ARTEFACT = "rehearsal", "artefact"  # kinds, as ``detail.kind`` says
@@ -27,11 +28,17 @@ def save_audit(folder: Path, name: str, document: dict[str, Any]) -> dict[str, s
     return {"file": f"{AUDITS}/{path.name}", "sha256": sha256_of(data)}
 
 
-def lately_rehearsed(entries: Sequence[Entry], code: str, now: datetime, days: int) -> bool:
-    """Whether the last rehearsal of ``code`` in the ledger passed, and less than ``days`` days ago."""
+def lately_rehearsed(entries: Sequence[Entry], code: str, now: datetime, policy: Policy | None) -> bool:
+    """Whether the last rehearsal of ``code`` in the ledger passed, and is no older than ``policy`` allows.
+
+    Without one its age is held against the default of `AuditRules`.
+    """
+    rules = AuditRules() if policy is None else policy.audit
     audits = (entry for entry in reversed(entries) if entry.type is EntryType.audit)
     last = next((entry for entry in audits if _of_code(entry.detail, code)), None)
-    return last is not None and last.detail["passed"] is True and now - last.time < timedelta(days=days)
+    if last is None or last.detail["passed"] is not True:
+        return False
+    return now - last.time < timedelta(days=rules.rehearsal_max_age_days)
 
 
 def _of_code(detail: dict[str, Any], code: str) -> bool:

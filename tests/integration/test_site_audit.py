@@ -141,7 +141,7 @@ def test_the_same_code_is_not_rehearsed_again_and_other_code_is(
     agreed(home, plan)
     agreed(home, replace(plan, run_id="the next run"))
     assert len(entries(home, EntryType.audit)) == 1
-    monkeypatch.setattr(client.account, "_installed_code", lambda: "c0" * 32)
+    monkeypatch.setattr(client.account, "installed_code", lambda: "c0" * 32)
     agreed(home, replace(plan, run_id="after an update"))
     assert len(entries(home, EntryType.audit)) == 2
 
@@ -172,7 +172,7 @@ def test_a_build_that_was_replaced_between_rounds_is_rehearsed_before_the_next_r
 ) -> None:
     guard = agreed(home, plan)
     with_less_noise(monkeypatch)
-    monkeypatch.setattr(client.account, "_installed_code", lambda: "c0" * 32)
+    monkeypatch.setattr(client.account, "installed_code", lambda: "c0" * 32)
     with pytest.raises(PolicyRefusal) as caught:
         guard.adapt(order(plan, Stage.adapt), start(plan))
     assert caught.value.field == "audit"

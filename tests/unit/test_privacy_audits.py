@@ -28,6 +28,7 @@ from common.privacy.entries import Context, EntryType
 from common.privacy.events import Event
 from common.privacy.ledger import Ledger
 from common.privacy.membership import Assignment, Claim, Verdict, claim_of, judged
+from common.privacy.policy import AuditRules, Policy
 from simulations.privacy_exam import audit as exam
 
 
@@ -206,14 +207,21 @@ def test_a_rehearsal_counts_if_it_passed_lately_with_the_same_code(
     tmp_path: Path, passed: bool, code: str, days_ago: float, counts: bool
 ) -> None:
     entries = rehearsed(tmp_path, passed, code, days_ago).entries
-    assert lately_rehearsed(entries, "a", datetime.now(UTC), 30) is counts
+    assert lately_rehearsed(entries, "a", datetime.now(UTC), None) is counts
+
+
+def test_a_policy_decides_how_old_a_rehearsal_may_be(tmp_path: Path) -> None:
+    entries = rehearsed(tmp_path, True, "a", 2).entries
+    for days, counts in ((1, False), (3, True)):
+        policy = Policy(audit=AuditRules(rehearsal_max_age_days=days))
+        assert lately_rehearsed(entries, "a", datetime.now(UTC), policy) is counts
 
 
 def test_a_later_rehearsal_that_failed_takes_an_earlier_ones_place(tmp_path: Path) -> None:
     ledger = rehearsed(tmp_path, True, "a", 1)
     ledger.record(EntryType.audit, Context(), {"kind": "rehearsal", "passed": False, "code_sha256": "a"})
     ledger.record(EntryType.audit, Context(), {"kind": "artefact", "lower": 0.0, "upper": None})
-    assert not lately_rehearsed(ledger.entries, "a", datetime.now(UTC), 30)
+    assert not lately_rehearsed(ledger.entries, "a", datetime.now(UTC), None)
 
 
 def test_an_audit_is_kept_below_the_sites_folder(tmp_path: Path) -> None:
