@@ -16,6 +16,7 @@ from pathlib import Path
 from client.patients import Patient, Split
 from common.durable import write_atomic
 from common.errors import ArtefactError
+from common.recipe import Holdout, SiteFile
 
 HOLDOUT = "holdout.json"  # patient id -> whether the coin put them in; never leaves the site's folder
 
@@ -54,3 +55,11 @@ def leave_out(folder: Path, patients: Sequence[Patient]) -> list[Patient]:
         write_atomic(folder / HOLDOUT, json.dumps(coins, indent=1, sort_keys=True).encode())
     out = {patient.id for patient in train if not coins[patient.id]}
     return [replace(patient, split=Split.val) if patient.id in out else patient for patient in patients]
+
+
+def with_holdout(said: SiteFile, holdout: Holdout) -> SiteFile:
+    """``said`` of a site with ``holdout``: where coins leave out about half, half as many are declared."""
+    if holdout is Holdout.none:
+        return said
+    declared = None if said.patients is None else max(1, said.patients // 2)
+    return replace(said, holdout=holdout, patients=declared)

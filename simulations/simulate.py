@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from client.holdout import with_holdout
 from common.config import save_run_config, save_site
 from common.durable import write_atomic
 from common.errors import DataError
@@ -19,7 +20,7 @@ from common.privacy.budget import Caps
 from common.privacy.journal import LEDGER
 from common.privacy.ledger import Ledger
 from common.privacy_rules import declared_patients
-from common.recipe import Engine, Holdout, Recipe, SiteConfig, SiteFile
+from common.recipe import Engine, Recipe, SiteConfig, SiteFile
 from server.outcome import RunOutcome
 from server.report import REPORT_JSON, rebuild
 from simulations.assemble import assemble_report
@@ -88,16 +89,8 @@ def prepare_sites(recipe: Recipe, folder: Path) -> list[str]:
         if recipe.privacy.asked:
             said = replace(said, patients=declared_patients(site))
             _open_ledger(home, name, recipe.privacy.delta)
-        save_site(_with_holdout(said, recipe.audit.holdout), home / "site.yaml")
+        save_site(with_holdout(said, recipe.audit.holdout), home / "site.yaml")
     return sorted(configs)
-
-
-def _with_holdout(said: SiteFile, holdout: Holdout) -> SiteFile:
-    """Where coins leave about half of the patients out, half as many are declared."""
-    if holdout is Holdout.none:
-        return said
-    declared = None if said.patients is None else max(1, said.patients // 2)
-    return replace(said, holdout=holdout, patients=declared)
 
 
 def _open_ledger(home: Path, site: str, delta: float) -> None:

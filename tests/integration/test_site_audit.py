@@ -18,7 +18,7 @@ import client.site as site_module
 from client.dp import canaries, dress_rehearsal
 from client.dp.mechanism import PrivateGradient
 from client.guard import Guard
-from client.holdout import HOLDOUT, leave_out, read_coins
+from client.holdout import HOLDOUT, leave_out, read_coins, with_holdout
 from client.membership import Views, subjects_of
 from client.patients import Patient, Split
 from client.site import Site
@@ -207,6 +207,13 @@ def test_a_coin_is_thrown_once_for_each_labelled_training_patient(
     (tmp_path / HOLDOUT).write_text('{"p0": 1}')
     with pytest.raises(ArtefactError, match="damaged"):
         leave_out(tmp_path, everyone)
+
+
+def test_a_simulated_site_declares_half_of_its_patients_where_coins_leave_out() -> None:
+    said = SiteFile("east", patients=7)
+    assert with_holdout(said, Holdout.none) == said
+    assert with_holdout(said, Holdout.coin) == replace(said, patients=3, holdout=Holdout.coin)
+    assert with_holdout(replace(said, patients=None), Holdout.coin).patients is None
 
 
 def test_who_is_left_out_is_in_no_reservation(home: Path, plan: RunPlan) -> None:
