@@ -13,11 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 
 from client.consent import asked_of, signed_policy
+from client.dp.dress_rehearsal import installed_code, rehearse
 from client.patients import Patient
 from client.site import Site
 from common.errors import ArtefactError, BudgetExceeded, PolicyRefusal, WardroundError
 from common.plan import RunPlan, Stage
 from common.privacy.accounting import quick_epsilon
+from common.privacy.audits import REHEARSAL, lately_rehearsed, save_audit
 from common.privacy.budget import Caps, booked_epsilon
 from common.privacy.entries import Context, Entry, EntryType, Payload
 from common.privacy.heads import SignedHead
@@ -174,6 +176,31 @@ class Account:
         """Raises ``PolicyRefusal`` if the policy has run out since `check`."""
         if self.policy is not None:
             check_in_force(self.policy, system_clock(), self._ledger.entries)
+
+    def rehearse(self) -> None:
+        """This build adds the noise and draws the patients that the plan says: shown on made-up data.
+
+        It is shown anew unless the ledger knows of a rehearsal of the same code that passed, and that the
+        policy does not call old. What came of it is booked and kept in ``audits/rehearsal.json``.
+
+        Raises:
+            PolicyRefusal: it does not (field ``audit``). Nothing was computed on a patient.
+        """
+        if self.terms is None:
+            return
+        code = installed_code()
+        if lately_rehearsed(self._ledger.entries, code, system_clock(), self.policy):
+            return
+        found = rehearse(self.terms)
+        kept = save_audit(self._site.folder, REHEARSAL, found.to_json())
+        detail = {"kind": REHEARSAL, "passed": found.passed, "code_sha256": code, **kept}
+        self._ledger.record(EntryType.audit, self._context, detail, STAGE)
+        if not found.passed:
+            raise PolicyRefusal(
+                "this build does not do what its plan says: see audits/rehearsal.json, and install a build "
+                "that passes",
+                field="audit",
+            )
 
     def begin(self) -> None:
         """Book the policy in force and the run's plan, each once."""

@@ -55,6 +55,7 @@ class Guard:
             account = Account(self.site, plan, self._ledger)
             self._check(account, order)
             account.check_affordable()
+            account.rehearse()
             variant = self.site.variant(plan)
             if account.private:
                 check_named(variant)
@@ -200,6 +201,7 @@ class Guard:
         self, plan: RunPlan, order: Round, sent: Adapter, account: Account, train: Sequence[Patient]
     ) -> tuple[AdapterUpdate, Noised]:
         """One noised step, reserved before its first gradient; nothing beside it is measured on patients."""
+        account.rehearse()  # of another build than agreed to the plan, if it was replaced since
         reservation = account.reserve(train)
         made = workshop.private_teacher_step(self.site, plan, unpack(sent), train, order, reservation)
         update = AdapterUpdate(

@@ -107,6 +107,11 @@ class SyntheticLabels(StrEnum):
     both = "both"  # their mean
 
 
+class Holdout(StrEnum):
+    none = "none"
+    coin = "coin"  # each labelled training patient is left out by a fair coin, for audits: costs about half
+
+
 @dataclass(frozen=True)
 class RunConfig:
     seed: int = 0
@@ -291,6 +296,13 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """What every simulated site keeps back for `wardround privacy audit`; a real one says so itself."""
+
+    holdout: Holdout = Holdout.none
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     """What a site allows, whatever the server asks."""
 
@@ -324,6 +336,7 @@ class Recipe:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     baselines: list[str] = field(default_factory=lambda: ["local_only", "local_only_scratch"])
@@ -347,3 +360,4 @@ class SiteFile:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     patients: int | None = None
     officer_key: str | None = None
+    holdout: Holdout = Holdout.none  # with coins, about half of the labelled ones are declared as patients

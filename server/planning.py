@@ -6,17 +6,16 @@ number by its path. The site's egress releases nothing else, the server's screen
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 from common.adapter import Adapter
+from common.code_digest import code_sha256
 from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
 from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant
 from common.precision import pack
@@ -26,8 +25,6 @@ from common.style import StyleSummary
 from common.tuning.halves import turns
 from common.tuning.presets import rank_of, site_teacher
 
-PROJECT = Path(__file__).resolve().parent.parent
-SHIPPED_CODE = ("client", "common", "server")
 UPDATE_NUMBERS = ["weight", "started_from", "mechanism", "losses"]
 FRAMING = 1.02  # an update is its tensors and at most 2 % around them
 UPDATE_NUMBERS_BYTES = 1024
@@ -144,16 +141,6 @@ def run_stages(recipe: Recipe) -> list[Stage]:
         stages.append(Stage.generator)
     stages.append(Stage.student)
     return stages if recipe.privacy.withheld else [*stages, Stage.evaluate]
-
-
-def code_sha256(project: Path = PROJECT) -> str:
-    """Digest over the source files that a run ships to the sites: path and text of each, in order."""
-    digest = hashlib.sha256()
-    for folder in SHIPPED_CODE:
-        for path in sorted((project / folder).rglob("*.py")):
-            name = path.relative_to(project).as_posix()
-            digest.update(f"{name}|{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
 
 
 def _payloads(stage: Stage, first: FirstAdapters, aggregation: AggregationConfig) -> list[PayloadSpec]:

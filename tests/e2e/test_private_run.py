@@ -35,6 +35,7 @@ def test_a_private_run_is_booked_reported_and_verified(elsewhere: Path) -> None:
         assert 0 <= entry.epsilon - spent <= 1e-6
         kinds = [str(one.type) for one in read_lines((run / "sites" / site / "ledger.jsonl").read_bytes())]
         assert (kinds.count("RESERVE"), kinds.count("COMMIT")) == (STEPS, STEPS)
+        assert kinds.index("AUDIT") < kinds.index("RESERVE"), "rehearsed before the first step"
     assert {entry.mechanism for entry in report.egress} == {"dp_sgd", "public"}
     assert all((entry.epsilon_after is not None) == (entry.mechanism == "dp_sgd") for entry in report.egress)
     assert all(record.losses.get("east", []) == [] for record in report.rounds)
