@@ -55,7 +55,7 @@ def reading(report: RunReport) -> list[Markup]:
     scales = [cell.noise_scale for cell in report.benefit if cell.noise_scale is not None]
     if scales:
         sentences.append(
-            Markup("{} of the benefit tables left its hospital with Laplace noise of scale up to {}.").format(
+            Markup("{} of the benefit tables left a hospital with Laplace noise of scale up to {}.").format(
                 plural(len(scales), "number"), small(max(scales))
             )
         )
