@@ -18,7 +18,7 @@ from client.site import Site
 from common.errors import BudgetExceeded, PolicyRefusal, WardroundError
 from common.plan import RunPlan, Stage
 from common.privacy.accounting import quick_epsilon
-from common.privacy.budget import Caps, booked_epsilon, settled
+from common.privacy.budget import Caps, booked_epsilon
 from common.privacy.entries import Context, Entry, EntryType, Payload
 from common.privacy.ledger import Ledger, system_clock
 from common.privacy.plan import PlanSettings, PrivacyPlan, calibrate
@@ -88,9 +88,8 @@ class MetricCharge:
     epsilon: float | None
 
     def commit(self, payload: Payload) -> None:
-        """Record what leaves, before it does; that it leaves once more is no news."""
-        if self.number not in settled(self.ledger.entries):
-            self.ledger.commit(self.number, [payload], [])
+        """Record what leaves, before it does, each time that it does."""
+        self.ledger.commit(self.number, [payload], [])
 
 
 @dataclass(frozen=True)

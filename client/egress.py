@@ -166,10 +166,10 @@ class Egress:
             self.account.export(stage, of)
         if paid is None:
             self._write_numbers(stage, round_index, name, payload, NO_MECHANISM if of else PUBLIC)
+            self.account.vouch()
         else:
             self._write_numbers(stage, round_index, name, payload, LAPLACE, paid.epsilon)
             paid.commit(Payload(name, sha256_of(payload), _json_bytes(payload)))
-        self.account.vouch()
         return payload
 
     @property

@@ -125,7 +125,10 @@ class Ledger:
     def charge_metric(
         self, context: Context, stage: str, patients: Iterable[str], events: Sequence[Event]
     ) -> int:
-        """Spend Laplace releases of numbers, like `reserve`; its commit says what left, and no step."""
+        """Spend Laplace releases of numbers, like `reserve`.
+
+        Its commit says what left, and no step; the same numbers may leave again, by a commit of their own.
+        """
         return self._spend(EntryType.metric, context, stage, patients, events)
 
     def declare_unprotected(self, context: Context, stage: str, patients: Iterable[str]) -> int:
@@ -274,7 +277,7 @@ class Ledger:
 
     def _open_reservation(self, seq: int) -> Entry:
         charged = 0 <= seq < len(self.entries) and self.entries[seq].type is EntryType.metric
-        if seq not in self.open_reservations() and (not charged or seq in settled(self.entries)):
+        if not charged and seq not in self.open_reservations():
             raise ArtefactError(f"entry {seq} of the ledger is no open reservation")
         return self.entries[seq]
 
