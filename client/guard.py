@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import client.workshop as workshop
-from client.account import MECHANISM, Account, MetricCharge
+from client.account import MECHANISM, Account, MetricCharge, OpenLedger
 from client.deadline import Deadline
 from client.egress import Egress, Noised
 from client.faults import border_answer, keep_notice
@@ -22,15 +23,18 @@ from client.patients import Patient, Split, of_split
 from client.publishing import keep, kept_metrics, lost_metrics
 from client.site import Site
 from client.style import summarise_style
+from client.witnesses import witness
 from common import checkpoints
 from common.adapter import Adapter, AdapterUpdate
 from common.errors import ArtefactError, BudgetExceeded, DataError, PolicyRefusal
 from common.guard_api import PlanAnswer, SiteCounts, SiteMetrics, StudentNote
-from common.plan import Round, RunPlan, Stage
+from common.plan import Round, RunPlan, Stage, rebuild
 from common.precision import pack, unpack
 from common.privacy.entries import LedgerBroken
 from common.privacy.receipts import NO_MECHANISM
 from common.style import StyleSummary
+
+_T = TypeVar("_T")
 
 
 class Guard:
@@ -42,6 +46,7 @@ class Guard:
 
     def __init__(self, site: Site) -> None:
         self.site = site
+        self._ledger = OpenLedger(site.folder)
 
     def propose(self, plan: RunPlan, order: Round) -> PlanAnswer:
         """Agree or refuse; a refusal names a code and a policy field, nothing that depends on data."""
@@ -49,8 +54,8 @@ class Guard:
         account: Account | None = None
         try:
             self._check_policy(plan)
-            account = Account(self.site, plan)
-            account.check()
+            account = Account(self.site, plan, self._ledger)
+            self._check(account, order)
             account.check_affordable()
             variant = self.site.variant(plan)
             answer = replace(answer, preset=variant.preset, rank=variant.rank)
@@ -65,7 +70,8 @@ class Guard:
                 account.refuse(refusal)
         known = account if account is not None and account.opened else None
         egress = Egress(self.site.name, self.site.folder, plan, account=known)  # of no variant: may have none
-        return PlanAnswer(**egress.release_numbers(order.stage, order.index, "answer", asdict(answer), of=()))
+        about = (order.stage, order.index, "answer")
+        return _as_sent(PlanAnswer, egress.release_numbers(*about, asdict(answer), of=()))
 
     def adapt(self, order: Round, adapter: Adapter) -> AdapterUpdate:
         plan, account = self._heed(order, adapter)
@@ -109,8 +115,8 @@ class Guard:
         if plan.privacy.covered:  # the rest of the note is of the architecture, or counts no image
             note, train = replace(note, sha256=""), []
         egress = self._egress(plan, account)
-        egress.release_numbers(order.stage, order.index, "note", asdict(note), of=train)
-        return note
+        about = (order.stage, order.index, "note")
+        return _as_sent(StudentNote, egress.release_numbers(*about, asdict(note), of=train))
 
     def evaluate(self, order: Round, adapter: Adapter) -> SiteMetrics:
         plan, account = self._heed(order, adapter)
@@ -122,8 +128,8 @@ class Guard:
         else:
             answer = self._metrics(plan, order, adapter, everyone)
         egress = self._egress(plan, account)
-        egress.release_numbers(order.stage, order.index, "metrics", asdict(answer), of=everyone, paid=paid)
-        return answer
+        about = (order.stage, order.index, "metrics")
+        return _as_sent(SiteMetrics, egress.release_numbers(*about, asdict(answer), of=everyone, paid=paid))
 
     def _heed(self, order: Round, *sent: Adapter) -> tuple[RunPlan, Account]:
         """The plan of ``order``, if this site agreed to it and its policy still does, and what it costs.
@@ -133,11 +139,18 @@ class Guard:
         plan = self.site.accepted_plan(order.plan_sha256)
         if order.notice:
             keep_notice(self.site.folder, order)
-        account = Account(self.site, plan)
-        account.check()
+        account = Account(self.site, plan, self._ledger)
+        self._check(account, order)
         if account.policy is not None:
             refuse_inbound(account.policy, sent)
         return plan, account
+
+    def _check(self, account: Account, order: Round) -> None:
+        """Policy and ledger allow ``order``; what it shows of other sites' ledgers is kept."""
+        account.check(order.heads)
+        if account.private and order.heads:
+            for notice in witness(self.site.folder, self.site.name, order.heads):
+                keep_notice(self.site.folder, replace(order, notice=notice))
 
     def _check_policy(self, plan: RunPlan) -> None:
         policy = self.site.policy
@@ -222,6 +235,12 @@ class Guard:
             mechanism=MECHANISM if made.guaranteed else NO_MECHANISM,
         )
         return update, Noised(reservation, frozenset(made.step.tensors))
+
+
+def _as_sent(kind: type[_T], released: dict[str, Any]) -> _T:
+    """What was released, with the ledger's head where the plan has one sent along."""
+    sent: _T = rebuild(kind, released)
+    return sent
 
 
 def count_patients(patients: Sequence[Patient]) -> SiteCounts:

@@ -26,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from common.errors import ArtefactError
+from common.privacy.heads import SignedHead
 from common.tuning.halves import B_ALONE, BOTH, Halves, without
 from common.tuning.presets import sends_a
 
@@ -63,6 +64,11 @@ class Adapter:
         """SHA-256 (hex) of the base's digest, the preset, the rank and every tensor."""
         text = f"{self.base_sha256}|{self.preset}|{self.rank}|{tensors_digest(self.tensors)}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def folded_digest(self) -> str:
+        """SHA-256 (hex) of the folded factors."""
+        return tensors_digest({name: t for name, t in self.tensors.items() if ".folded_" in name})
 
     @property
     def elements(self) -> int:
@@ -133,6 +139,7 @@ class AdapterUpdate:
         started_from: digest of the adapter that the site was sent.
         mechanism: the differential-privacy event behind it, or "none".
         losses: mean training loss of the first and of the last tenth of the steps.
+        ledger_head: of the site's ledger in a private run, with this update's reservation in it.
     """
 
     adapter: Adapter
@@ -140,3 +147,4 @@ class AdapterUpdate:
     started_from: str
     mechanism: str = "none"
     losses: tuple[float, float] = (float("nan"), float("nan"))
+    ledger_head: SignedHead | None = None

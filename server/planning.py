@@ -20,6 +20,7 @@ from common.adapter import Adapter
 from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
 from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant
 from common.precision import pack
+from common.privacy.heads import HEAD, HEAD_BYTES, HEAD_NUMBERS
 from common.recipe import AggregationConfig, GeneratorScope, Recipe, TeacherConfig
 from common.style import StyleSummary
 from common.tuning.halves import turns
@@ -103,6 +104,11 @@ def build_plan(recipe: Recipe, run_id: str, first: FirstAdapters | None = None) 
         ArtefactError: a model is not there.
     """
     first, stages, aggregation = first or first_adapters(recipe), run_stages(recipe), recipe.aggregation
+    payloads = [spec for s in stages if s is not Stage.adapt for spec in _payloads(s, first, aggregation)]
+    variants = [Variant(a.preset, a.rank, _in_turn(Stage.adapt, a, aggregation)) for a in first.teachers]
+    if recipe.privacy.asked:
+        payloads = [spec if spec.stage is Stage.style else _with_head(spec) for spec in payloads]
+        variants = [replace(one, payloads=[_with_head(spec) for spec in one.payloads]) for one in variants]
     return RunPlan(
         run_id=run_id,
         seed=recipe.run.seed,
@@ -110,8 +116,8 @@ def build_plan(recipe: Recipe, run_id: str, first: FirstAdapters | None = None) 
         code_sha256=code_sha256(),
         models=model_digests(recipe),
         stages=stages,
-        payloads=[spec for s in stages if s is not Stage.adapt for spec in _payloads(s, first, aggregation)],
-        variants=[Variant(a.preset, a.rank, _in_turn(Stage.adapt, a, aggregation)) for a in first.teachers],
+        payloads=payloads,
+        variants=variants,
         data=replace(recipe.data, root=None),
         teacher=recipe.teacher,
         aggregation=recipe.aggregation,
@@ -157,6 +163,16 @@ def _payloads(stage: Stage, first: FirstAdapters, aggregation: AggregationConfig
     return _in_turn(stage, first.generator, aggregation)
 
 
+def _with_head(spec: PayloadSpec) -> PayloadSpec:
+    """``spec`` and the head of the site's ledger, which goes with every answer of a private run.
+
+    All but styles, which the server hands on to other sites.
+    """
+    table = f"{TABLES[spec.stage][0]}." if spec.stage in TABLES else ""
+    names = [f"{table}{HEAD}.{name}" for name in HEAD_NUMBERS]
+    return replace(spec, numbers=[*spec.numbers, *names], max_bytes=spec.max_bytes + HEAD_BYTES)
+
+
 def _in_turn(stage: Stage, adapter: Adapter, aggregation: AggregationConfig) -> list[PayloadSpec]:
     """What the rounds of training send: one entry, or one for each turn of an alternating rule."""
     return [
@@ -177,13 +193,14 @@ def _update_payload(stage: Stage, packed: Adapter) -> PayloadSpec:
 
 
 def _paths(kind: Any, path: str) -> Iterator[str]:
-    """The path of every plain value in ``kind``; lists add nothing to a path."""
+    """The path of every plain value in ``kind``; lists add nothing to a path. See `_with_head`."""
     if get_origin(kind) in (Union, UnionType, list, tuple):
         for arm in get_args(kind):
             yield from _paths(arm, path)
     elif isinstance(kind, type) and is_dataclass(kind):
         hints = get_type_hints(kind)
         for item in fields(kind):
-            yield from _paths(hints[item.name], f"{path}.{item.name}")
+            if item.name != HEAD:
+                yield from _paths(hints[item.name], f"{path}.{item.name}")
     else:
         yield path

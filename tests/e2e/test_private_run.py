@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from client.witnesses import WITNESSED
+from common.canonical import canonical_json
 from common.privacy.accounting import epsilon
 from common.privacy.events import Event
-from common.privacy.journal import read_lines
+from common.privacy.journal import HEAD, LEDGER, read_lines
+from common.privacy.witness import read_heads
+from server.witness import HEADS_FILE
 from tests.e2e import walks
 
 STEPS = 3
@@ -39,6 +43,7 @@ def test_a_private_run_is_booked_reported_and_verified(elsewhere: Path) -> None:
     assert "whether or not their images were used" in page
     assert "NO GUARANTEE" not in page
     _verified_and_then_not(run / "sites" / "east")
+    _witnessed_by_server_and_peer(run)
     resumed = walks.invoke("simulate", "smoke", "--out", "run", "--resume", *PRIVATE)
     assert resumed.exit_code == 0, resumed.output
     assert walks.report_of(run).privacy["west"].epsilon == report.privacy["west"].epsilon
@@ -55,3 +60,29 @@ def _verified_and_then_not(site: Path) -> None:
     ledger.write_bytes(whole)
     found = json.loads(walks.invoke("privacy", "verify", "--bundle", site, "--json").stdout)
     assert found["egress"]["without_mechanism"] == 0
+
+
+def _witnessed_by_server_and_peer(run: Path) -> None:
+    """Both have a head of each site; with it, a ledger put back to an older state does not hold."""
+    east, server = run / "sites" / "east", run / "state" / HEADS_FILE
+    assert [head.site for head in read_heads(server)] == ["east", "west"]
+    assert [head.site for head in read_heads(run / "sites" / "west" / WITNESSED)] == ["east"]
+    shown = walks.invoke("privacy", "verify", "--bundle", east)
+    assert "unwitnessed" in shown.stdout
+    for witness in (server, run / "sites" / "west" / WITNESSED):
+        shown = walks.invoke("privacy", "verify", "--bundle", east, "--witness", witness)
+        assert shown.exit_code == 0
+        assert "unwitnessed" not in shown.stdout
+    whole = {name: (east / name).read_bytes() for name in (LEDGER, HEAD)}
+    lines = whole[LEDGER].splitlines(keepends=True)[:-4]
+    last = json.loads(lines[-1])
+    (east / LEDGER).write_bytes(b"".join(lines))
+    (east / HEAD).write_text(canonical_json({"seq": last["seq"], "hash": last["hash"]}))
+    shown = walks.invoke("privacy", "verify", "--bundle", east, "--witness", server)
+    assert shown.exit_code == 22
+    assert "cut or rolled back" in shown.output
+    resumed = walks.invoke("simulate", "smoke", "--out", "run", "--resume", *PRIVATE)
+    assert resumed.exit_code == 30, "west alone is one site too few"
+    assert "east: REFUSED_LEDGER" in resumed.output
+    for name, data in whole.items():
+        (east / name).write_bytes(data)
