@@ -420,10 +420,8 @@ def test_a_site_with_fewer_patients_than_the_plan_wants_goes_on_and_answers_the_
         note = guard.train_student(order(noised, Stage.student), sent, {}, None)
         told = publish(guard, noised).metrics[0]
         shapes = {name: list(tensor.shape) for name, tensor in update.adapter.tensors.items()}
-        said.append(
-            [shapes, update.weight, update.mechanism, answered(replace(note, latency_ms=0, teacher_latency_ms=0)),
-             replace(told, value=None)]
-        )  # fmt: skip
+        note = replace(note, latency_ms=0, teacher_latency_ms=0)
+        said.append([shapes, update.weight, update.mechanism, answered(note), replace(told, value=None)])
         assert len(entries(home, EntryType.reserve)) == 1
         assert verify(read_bundle(home), Evidence()).faults == []
     assert said[0] == said[1]
