@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from client.consent import asked_of, signed_policy
 from client.dp.dress_rehearsal import installed_code, rehearse
@@ -25,11 +26,13 @@ from common.privacy.entries import Context, Entry, EntryType, Payload
 from common.privacy.heads import SignedHead
 from common.privacy.ledger import Ledger, system_clock
 from common.privacy.plan import PlanSettings, PrivacyPlan, calibrate
+from common.privacy.published import PublishedMetrics
 from common.privacy.terms import agree, check_in_force, policy_record
 from common.recipe import PrivacyConfig
 
 MECHANISM = "dp_sgd"  # on receipts and updates: made by noised steps alone
 STAGE = str(Stage.adapt)  # the one whose steps are noised
+MEASURED = str(Stage.evaluate)  # the one whose numbers are
 
 
 @lru_cache(maxsize=64)
@@ -51,6 +54,46 @@ def privacy_plan(asked: PrivacyConfig, patients: int) -> PrivacyPlan:
         return PrivacyPlan.make(settings, asked.noise_multiplier)
     assert asked.epsilon is not None, "no noise is asked for"
     return calibrate(settings, asked.epsilon)
+
+
+def published_metrics(plan: RunPlan, site: Site) -> PublishedMetrics | None:
+    """The numbers of ``plan`` that leave with noise: the teacher's mean Dice, one a class; None: none does.
+
+    Raises ``PolicyRefusal``: the site declares no test patients, or fewer than its own smallest cell.
+    """
+    each = plan.privacy.metric_epsilon
+    if not plan.privacy.asked or each is None or Stage.evaluate not in plan.stages:
+        return None
+    if site.declared_test is None:
+        raise PolicyRefusal(
+            "a metric with noise is divided by a public number: write test_patients into site.yaml",
+            field="test_patients",
+        )
+    if site.declared_test < site.policy.min_cell_patients:
+        raise PolicyRefusal("fewer test patients are declared than a metric may be of", "min_cell_patients")
+    return PublishedMetrics(each, len(plan.data.classes), site.declared_test)
+
+
+@dataclass(frozen=True)
+class MetricCharge:
+    """The numbers of one run, spent from the moment that this exists.
+
+    Attributes:
+        number: of its entry in the ledger.
+        numbers: how many may leave under it.
+        fresh: whether this very call spent them; if not, they were measured before, or lost.
+        epsilon: of the patients who have spent most, these numbers included; None: infinite.
+    """
+
+    ledger: Ledger
+    number: int
+    numbers: int
+    fresh: bool
+    epsilon: float | None
+
+    def commit(self, payload: Payload) -> None:
+        """Record what leaves, before it does, each time that it does."""
+        self.ledger.commit(self.number, [payload], [])
 
 
 @dataclass(frozen=True)
@@ -107,9 +150,10 @@ class Account:
     Attributes:
         policy: the site's signed one, if it has one.
         terms: of the plan's noised steps; None: it asks for none.
+        published: what of the plan's metrics leaves with noise; None: none does.
 
     Raises:
-        PolicyRefusal: the policy is not the officer's, or the site declares no patients.
+        PolicyRefusal: the policy is not the officer's, or the site declares no patients, or too few.
         ConfigError: the plan's settings are no privacy plan.
     """
 
@@ -125,7 +169,12 @@ class Account:
                     "a private run divides by a public number of patients: write patients into site.yaml",
                     field="patients",
                 )
+            if site.declared < plan.data.min_patients:
+                raise PolicyRefusal(
+                    "the plan needs more patients than this site declares to train", field="patients"
+                )
             self.terms = privacy_plan(plan.privacy, site.declared)
+        self.published = published_metrics(plan, site)
 
     @property
     def private(self) -> bool:
@@ -150,7 +199,7 @@ class Account:
         """
         if self.policy is not None:
             check_in_force(self.policy, system_clock())
-            agree(self.policy, asked_of(self._plan, self._site, self.terms))
+            agree(self.policy, asked_of(self._plan, self._site, self.terms, self.published))
         if self.terms is None:
             return
         if unsigned := sum(not head.holds for head in heads):
@@ -166,7 +215,10 @@ class Account:
         if self.terms is None or self._caps.total is None:
             return
         ahead = self.terms.event(self.terms.steps - self.taken)
-        if quick_epsilon([ahead, *self._ledger.most_used()], self._caps.delta) > self._caps.total:
+        spent = quick_epsilon([ahead, *self._ledger.most_used()], self._caps.delta)
+        if self.published is not None:  # of other patients, whose past is seen when they are charged
+            spent = max(spent, quick_epsilon([self.published.event], self._caps.delta))
+        if spent > self._caps.total:
             raise BudgetExceeded(
                 "the run would pass max_epsilon_total of this site's policy: ask for more noise or fewer "
                 "steps, or sign a new policy"
@@ -210,7 +262,9 @@ class Account:
             seen = [entry.detail for entry in self._entries(EntryType.policy)]
             if not seen or seen[-1]["sha256"] != self.policy.digest:
                 self._ledger.record(EntryType.policy, self._context, policy_record(self.policy))
-        detail = {"plans": {STAGE: self.terms.to_json()}}
+        detail: dict[str, Any] = {"plans": {STAGE: self.terms.to_json()}}
+        if self.published is not None:
+            detail["metrics"] = self.published.to_json()
         own = [entry.detail["plans"] for entry in self._entries(EntryType.plan) if self._mine(entry)]
         if detail["plans"] not in own:
             self._ledger.record(EntryType.plan, self._context, detail, STAGE)
@@ -248,6 +302,22 @@ class Account:
         number = self._ledger.reserve(self._context, STAGE, _ids(patients), [terms.event(1)])
         spent = booked_epsilon(self._ledger.epsilon(terms.delta))
         return Reservation(self._ledger, number, taken, terms, spent)
+
+    def charge_metrics(self, patients: Sequence[Patient]) -> MetricCharge:
+        """All numbers of the run, for all test ``patients``, before one is computed. Once a run.
+
+        Raises ``BudgetExceeded`` if one of them would pass a cap.
+        """
+        terms, published = self.terms, self.published
+        assert terms is not None, "only a private plan is charged"
+        assert published is not None, "only what leaves with noise is charged"
+        own = [entry.seq for entry in self._entries(EntryType.metric) if self._mine(entry)]
+        if own:
+            number = own[0]
+        else:
+            number = self._ledger.charge_metric(self._context, MEASURED, _ids(patients), [published.event])
+        spent = booked_epsilon(self._ledger.epsilon(terms.delta))
+        return MetricCharge(self._ledger, number, published.numbers, not own, spent)
 
     def export(self, stage: Stage, patients: Sequence[Patient]) -> None:
         """Book that something of ``patients`` is about to leave without noise; nothing takes it back."""

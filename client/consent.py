@@ -13,6 +13,7 @@ from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec
 from common.privacy.keys import read_public_key
 from common.privacy.plan import PrivacyPlan
 from common.privacy.policy import POLICY, Policy, load_signed
+from common.privacy.published import MEAN_DICE, PublishedMetrics
 from common.privacy.terms import Asked, AskedPayload
 
 
@@ -33,10 +34,18 @@ def signed_policy(site: Site) -> Policy | None:
     return None
 
 
-def asked_of(plan: RunPlan, site: Site, terms: PrivacyPlan | None) -> Asked:
-    """What ``plan`` wants of ``site``; ``terms``: of its noised steps, if it has any."""
+def asked_of(
+    plan: RunPlan, site: Site, terms: PrivacyPlan | None, published: PublishedMetrics | None = None
+) -> Asked:
+    """What ``plan`` wants of ``site``.
+
+    Args:
+        terms: of its noised steps, if it has any.
+        published: what of its metrics leaves with noise, if anything does.
+    """
     runs = [stage for stage in plan.stages if stage is not Stage.propose]
-    silent = [Stage.student] if plan.privacy.withheld else []
+    silent = [Stage.student] if plan.privacy.covered else []
+    measured = METRICS if published is None else (MEAN_DICE,)
     pinned = site.variant(plan).a_sha256
     return Asked(
         rounds=plan.rounds,
@@ -49,7 +58,8 @@ def asked_of(plan: RunPlan, site: Site, terms: PrivacyPlan | None) -> Asked:
         code=(plan.code_sha256, ""),
         guard_version=version("wardround"),
         a_matrices=[pinned] if pinned else (),
-        metrics=METRICS if Stage.evaluate in plan.stages else (),
+        metrics=measured if Stage.evaluate in plan.stages else (),
+        published=published,
     )
 
 

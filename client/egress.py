@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from client.account import MECHANISM, Account, Reservation
+from client.account import MECHANISM, Account, MetricCharge, Reservation
 from client.dp.trained import refuse_uncovered
+from client.limits import outbound_faults
 from client.patients import Patient
 from common.adapter import AdapterUpdate
 from common.canonical import canonical_json, sha256_of
@@ -27,6 +28,7 @@ from common.plan import PayloadSpec, RunPlan, Stage, Variant, rebuild
 from common.precision import SCALE
 from common.privacy.entries import Payload
 from common.privacy.heads import HEAD, SignedHead, without_empty_head
+from common.privacy.published import LAPLACE
 from common.privacy.receipts import NO_MECHANISM, PUBLIC
 from common.tuning.presets import GENERATOR
 
@@ -113,6 +115,8 @@ class Egress:
         faults = _tensor_faults(spec, update) + _number_faults(spec, numbers, "")
         if self._private:
             faults += _privacy_faults(update, noised)
+        if not faults and self.account is not None and self.account.policy is not None:
+            faults += outbound_faults(self.account.policy, update.adapter)
         if update.adapter.base_sha256 not in self.plan.models.values():
             faults.append("the adapter belongs to no model of the plan")
         if (update.adapter.preset, update.adapter.rank) != self._agreed(stage):
@@ -137,6 +141,7 @@ class Egress:
         name: str,
         payload: dict[str, Any],
         of: Sequence[Patient] | None = None,
+        paid: MetricCharge | None = None,
     ) -> dict[str, Any]:
         """``payload`` (plain values; None for what is suppressed), checked and on a receipt.
 
@@ -144,6 +149,7 @@ class Egress:
             name: what the plan calls this table; each of its keys is checked as ``name.key``.
             of: whose data it is made of; nobody's if every value is public. A private plan lets nothing out
                 without it, and what is anybody's is booked as a release without noise before it leaves.
+            paid: what the numbers of the table cost, which have noise; ``of`` is nobody then.
 
         Raises:
             EgressRefusal: with every fault.
@@ -154,6 +160,8 @@ class Egress:
         faults = _number_faults(spec, payload, name)
         if self._private and of is None:
             faults.append("the plan asks for privacy, and nobody says whose data this is made of")
+        if paid is not None and not faults:
+            faults += _unpaid_faults(payload, paid)
         self._refuse(stage, faults, spec, 0 if faults else _json_bytes(payload))
         if self.account is None or not self.account.private:
             self._write_numbers(stage, round_index, name, payload, NO_MECHANISM)
@@ -161,8 +169,12 @@ class Egress:
         if of:
             self.account.export(stage, of)
         payload |= self._ledger_head(spec)
-        self._write_numbers(stage, round_index, name, payload, NO_MECHANISM if of else PUBLIC)
-        self.account.vouch()
+        if paid is None:
+            self._write_numbers(stage, round_index, name, payload, NO_MECHANISM if of else PUBLIC)
+            self.account.vouch()
+        else:
+            self._write_numbers(stage, round_index, name, payload, LAPLACE, paid.epsilon)
+            paid.commit(Payload(name, sha256_of(payload), _json_bytes(payload)))
         return payload
 
     @property
@@ -201,11 +213,17 @@ class Egress:
             raise EgressRefusal(f"{self.site} does not release its payload of stage {stage}", faults)
 
     def _write_numbers(
-        self, stage: Stage, round_index: int, name: str, numbers: Mapping[str, Any], mechanism: str
+        self,
+        stage: Stage,
+        round_index: int,
+        name: str,
+        numbers: Mapping[str, Any],
+        mechanism: str,
+        epsilon: float | None = None,
     ) -> None:
         digest = sha256_of(numbers)
         size = _json_bytes(numbers)
-        self._write(Receipt(self.site, stage, round_index, name, size, digest, mechanism))
+        self._write(Receipt(self.site, stage, round_index, name, size, digest, mechanism, epsilon))
 
     def _write(self, receipt: Receipt) -> None:
         try:
@@ -229,6 +247,21 @@ def _privacy_faults(update: AdapterUpdate, noised: Noised | None) -> list[str]:
     if not all(math.isnan(loss) for loss in update.losses):
         return ["losses of patients do not leave a private round"]
     return []
+
+
+def _unpaid_faults(metrics: Mapping[str, Any], paid: MetricCharge) -> list[str]:
+    """What of a table of noised metrics nobody paid for."""
+    cells = metrics["metrics"]
+    faults = []
+    if metrics["counts"] is not None:
+        faults.append("the site's counts are real, and have no noise")
+    if any(cell["ci95"] is not None for cell in cells):
+        faults.append("an interval is of the patients' own values, and has no noise")
+    if any(cell["value"] is not None and cell["noise_scale"] is None for cell in cells):
+        faults.append("a number without noise")
+    if sum(cell["value"] is not None for cell in cells) > paid.numbers:
+        faults.append("more numbers than were paid for")
+    return faults
 
 
 def _tensor_faults(spec: PayloadSpec, update: AdapterUpdate) -> list[str]:

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import client.workshop as workshop
-from client.account import MECHANISM, Account, OpenLedger
+from client.account import MECHANISM, Account, MetricCharge, OpenLedger
 from client.deadline import Deadline
 from client.egress import Egress, Noised
 from client.faults import border_answer, keep_notice
+from client.limits import refuse_inbound
+from client.manifest_rows import read_manifest
 from client.patients import Patient, Split, of_split
 from client.pinned_factors import check_named, check_sent
+from client.publishing import keep, kept_metrics, lost_metrics
 from client.site import Site
 from client.style import summarise_style
 from client.witnesses import witness
@@ -60,6 +63,8 @@ class Guard:
             if account.private:
                 check_named(variant)
             answer = replace(answer, preset=variant.preset, rank=variant.rank)
+            if plan.privacy.asked:
+                self._refuse_dealing()
             self._labelled(plan)  # a site that cannot read its data says so now, not in the middle
             self.site.accept(plan)
             account.begin()
@@ -73,7 +78,7 @@ class Guard:
         return _as_sent(PlanAnswer, egress.release_numbers(*about, asdict(answer), of=()))
 
     def adapt(self, order: Round, adapter: Adapter) -> AdapterUpdate:
-        plan, account = self._heed(order)
+        plan, account = self._heed(order, adapter)
         if account.private:
             self._check_factors(plan, account, adapter)
         train = self._labelled(plan)
@@ -100,7 +105,7 @@ class Guard:
         return summary
 
     def train_generator(self, order: Round, adapter: Adapter) -> AdapterUpdate:
-        plan, account = self._heed(order)
+        plan, account = self._heed(order, adapter)
         train = self._labelled(plan)
         adaptation = workshop.adapt_generator(self.site, plan, unpack(adapter), train, order)
         update = self._update(plan, adapter, adaptation, len(train))
@@ -109,36 +114,41 @@ class Guard:
     def train_student(
         self, order: Round, adapter: Adapter, styles: dict[str, StyleSummary], generator: Adapter | None
     ) -> StudentNote:
-        plan, account = self._heed(order)
+        plan, account = self._heed(order, adapter, *([] if generator is None else [generator]))
         train, deadline = of_split(self._patients(plan), Split.train), Deadline(order.deadline_s)
         shared = None if generator is None else unpack(generator)
         note = workshop.Workshop(self.site, plan, unpack(adapter), styles, shared, train, deadline).run()
-        if plan.privacy.withheld:  # the rest of the note is of the architecture, or counts no image
+        if plan.privacy.covered:  # the rest of the note is of the architecture, or counts no image
             note, train = replace(note, sha256=""), []
         egress = self._egress(plan, account)
         about = (order.stage, order.index, "note")
         return _as_sent(StudentNote, egress.release_numbers(*about, asdict(note), of=train))
 
     def evaluate(self, order: Round, adapter: Adapter) -> SiteMetrics:
-        plan, account = self._heed(order)
+        plan, account = self._heed(order, adapter)
         everyone = self._patients(plan)
-        test = of_split(everyone, Split.test)
-        metrics = workshop.evaluate_models(self.site, plan, unpack(adapter), test, Deadline(order.deadline_s))
-        answer = SiteMetrics(self.site.name, count_patients(everyone), metrics)
+        paid: MetricCharge | None = None
+        if account.published is not None:
+            answer, paid = self._noised_metrics(plan, adapter, account, everyone)
+            everyone = []
+        else:
+            answer = self._metrics(plan, order, adapter, everyone)
         egress = self._egress(plan, account)
         about = (order.stage, order.index, "metrics")
-        return _as_sent(SiteMetrics, egress.release_numbers(*about, asdict(answer), of=everyone))
+        return _as_sent(SiteMetrics, egress.release_numbers(*about, asdict(answer), of=everyone, paid=paid))
 
-    def _heed(self, order: Round) -> tuple[RunPlan, Account]:
+    def _heed(self, order: Round, *sent: Adapter) -> tuple[RunPlan, Account]:
         """The plan of ``order``, if this site agreed to it and its policy still does, and what it costs.
 
-        What the order says to the site's people is kept.
+        What the order says to the site's people is kept. The policy also looks at what was ``sent`` with it.
         """
         plan = self.site.accepted_plan(order.plan_sha256)
         if order.notice:
             keep_notice(self.site.folder, order)
         account = Account(self.site, plan, self._ledger)
         self._check(account, order)
+        if account.policy is not None:
+            refuse_inbound(account.policy, sent)
         return plan, account
 
     def _check(self, account: Account, order: Round) -> None:
@@ -173,10 +183,17 @@ class Guard:
     def _patients(self, plan: RunPlan) -> list[Patient]:
         return self.site.patients(plan.data, plan.seed)
 
+    def _refuse_dealing(self) -> None:
+        """Dealing looks at how many patients there are: one more, and others would change sides."""
+        manifest = read_manifest(self.site.manifest)
+        if manifest.rows and not manifest.has_splits:
+            raise DataError(f"a private run wants a split column in {self.site.manifest}: add one")
+
     def _labelled(self, plan: RunPlan) -> list[Patient]:
         train = of_split(self._patients(plan), Split.train)
         labelled = [patient for patient in train if patient.labelled]
-        if len(labelled) < plan.data.min_patients:
+        # In a private run the declared number was held against the plan's: how many there are is a secret.
+        if not plan.privacy.asked and len(labelled) < plan.data.min_patients:
             raise DataError(
                 f"{len(labelled)} labelled training patients, the plan needs {plan.data.min_patients}: "
                 f"label more, or check {self.site.manifest} with `wardround data check`"
@@ -196,6 +213,28 @@ class Guard:
             started_from=sent.digest,
             losses=trained.losses,
         )
+
+    def _metrics(
+        self, plan: RunPlan, order: Round, adapter: Adapter, everyone: Sequence[Patient]
+    ) -> SiteMetrics:
+        test = of_split(everyone, Split.test)
+        metrics = workshop.evaluate_models(self.site, plan, unpack(adapter), test, Deadline(order.deadline_s))
+        return SiteMetrics(self.site.name, count_patients(everyone), metrics)
+
+    def _noised_metrics(
+        self, plan: RunPlan, adapter: Adapter, account: Account, everyone: Sequence[Patient]
+    ) -> tuple[SiteMetrics, MetricCharge]:
+        """The numbers of the run, booked before they are measured; measured once, whatever is asked again."""
+        assert account.published is not None
+        test = [patient for patient in of_split(everyone, Split.test) if patient.labelled]
+        paid = account.charge_metrics(test)
+        if not paid.fresh:
+            kept = kept_metrics(self.site.folder, plan)
+            return kept or lost_metrics(self.site.name, plan, account.published), paid
+        cells = workshop.noised_metrics(self.site, plan, unpack(adapter), test, account.published)
+        answer = SiteMetrics(self.site.name, None, cells)
+        keep(self.site.folder, plan, answer)
+        return answer, paid
 
     def _noised_update(
         self, plan: RunPlan, order: Round, sent: Adapter, account: Account, train: Sequence[Patient]

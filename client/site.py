@@ -31,6 +31,7 @@ class Site:
     adapter: str | None = None
     rank: int | None = None
     declared: int | None = None  # labelled training patients, as the site says publicly
+    declared_test: int | None = None  # labelled test patients, the same
     officer_key: Path | None = None  # of who signs policy.json
     holdout: Holdout = Holdout.none
 
@@ -48,6 +49,7 @@ class Site:
             adapter=given.adapter,
             rank=given.rank,
             declared=given.patients,
+            declared_test=given.test_patients,
             officer_key=officer,
             holdout=given.holdout,
         )

@@ -26,6 +26,7 @@ from client.curation import Curated, drop_inconsistent, synthetic_part
 from client.deadline import Deadline
 from client.distillation import VARIANTS, TransferSet, assemble_transfer_set, distil, join, real_crops
 from client.dp.bench import forget
+from client.dp.randomness import SystemRandomness
 from client.evaluation import THRESHOLD, evaluate_patients, release_metrics
 from client.generation import SyntheticSet, fine_tune, synthesise
 from client.patients import Patient
@@ -33,6 +34,7 @@ from client.personal import PERSONAL_FILE, PERSONAL_TEACHER, personalises, train
 from client.prediction import label_image
 from client.prefix_cache import PrefixCache
 from client.private_adaptation import PrivateStep, private_step
+from client.publishing import TEACHER, noised_dice
 from client.site import Site
 from client.students import build_student, load_student, save_student
 from client.style import summarise_style
@@ -41,6 +43,7 @@ from common.generator import initial_adapter as initial_generator_adapter
 from common.generator import resident_generator
 from common.guard_api import Metric, StudentNote
 from common.plan import Round, RunPlan, Stage
+from common.privacy.published import PublishedMetrics
 from common.recipe import GeneratorScope
 from common.style import StyleSummary
 from common.teacher import ResidentTeacher, Teacher, initial_adapter, resident_teacher, teacher_for
@@ -137,7 +140,8 @@ class Workshop:
         if name != "student":
             curated = self._curated(variant.teacher, variant.styles)
         transfer = None if curated is None else curated.transfer
-        distil(student, self._labelled, transfer, self.plan, seed, self.deadline)
+        if self._labelled:  # without: only a private run goes on, which tells nobody, and keeps the start
+            distil(student, self._labelled, transfer, self.plan, seed, self.deadline)
         about = {"run_id": self.plan.run_id, "model": name}
         save_student(student, model_path(self.site, name), kind, self.plan.data, about)
 
@@ -174,7 +178,9 @@ class Workshop:
             return assemble_transfer_set(real, synthetic, network, self.plan.data.exclusive)
 
     @cached_property
-    def _real(self) -> tuple[Tensor, Tensor]:
+    def _real(self) -> tuple[Tensor, Tensor] | None:
+        if not self.train:
+            return None
         return real_crops(self.train, self.plan, self.site.draw_seed(self.plan, "crops"))
 
     def _synthetic(self, styles: str) -> SyntheticSet | None:
@@ -296,7 +302,7 @@ def opened_models(site: Site, plan: RunPlan, adapter: Adapter) -> Iterator[dict[
 
     own = resident_teacher(site.teacher(plan), plan.data)
     ready: dict[str, Callable[[], Forward]] = {
-        "teacher": lambda: with_adapter(teacher_for(adapter, plan), adapter)
+        TEACHER: lambda: with_adapter(teacher_for(adapter, plan), adapter)
     }
     personal = [PERSONAL_TEACHER] if personalises(plan) else []
     for name in (*personal, "student", *plan.baselines):
@@ -322,3 +328,12 @@ def evaluate_models(
             values = evaluate_patients(make_ready(), test, plan.data, plan.evaluation)
             released += release_metrics(name, values, plan.evaluation, site.policy, seed)
     return released
+
+
+def noised_metrics(
+    site: Site, plan: RunPlan, adapter: Adapter, test: Sequence[Patient], published: PublishedMetrics
+) -> list[Metric]:
+    """What of `evaluate_models` leaves a private run: the teacher's mean Dice, with the system's noise."""
+    with opened_models(site, plan, adapter) as models:
+        values = evaluate_patients(models[TEACHER](), test, plan.data, plan.evaluation)
+    return noised_dice(values["dice"], published, SystemRandomness())

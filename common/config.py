@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.canonical import sha256_of
 from common.durable import write_atomic
 from common.errors import ConfigError
+from common.privacy_rules import privacy_notes
 from common.recipe import Recipe, SiteConfig, SiteFile
 from common.recipe_rules import file_faults, recipe_faults, site_file_faults
 from common.schema_check import Fault, choose_from, read_section
@@ -31,7 +32,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class RecipeCheck:
-    """What `check_recipe` found: ``faults`` forbid a run, ``notes`` say what could not be checked."""
+    """What `check_recipe` found: ``faults`` forbid a run, ``notes`` say what to know of it."""
 
     name: str
     faults: tuple[str, ...]
@@ -70,11 +71,11 @@ def check_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> RecipeChec
     except ConfigError as error:
         return RecipeCheck(name_or_path, error.faults, ())
     recipe, faults, rootless = _read_recipe(path, overrides)
+    notes = tuple(privacy_notes(recipe))
     if rootless:
         faults = [fault for fault in faults if fault != rootless]
-        notes = ("its images were not looked for: it needs data.root=FOLDER",)
-        return RecipeCheck(recipe.name, tuple(faults), notes)
-    return RecipeCheck(recipe.name, tuple(faults), ())
+        notes = ("its images were not looked for: it needs data.root=FOLDER", *notes)
+    return RecipeCheck(recipe.name, tuple(faults), notes)
 
 
 def list_recipes() -> list[tuple[str, str]]:

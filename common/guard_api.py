@@ -42,6 +42,8 @@ class Metric:
     """One released number: a mean over patients with its bootstrap interval.
 
     ``value`` and ``ci95`` are None when ``patients`` is below the site's minimum; ``reason`` says so.
+    ``noise_scale``: of the Laplace noise in ``value``, where there is any; ``patients`` is then the number
+    that the site declares, and there is no interval.
     """
 
     model: str
@@ -51,6 +53,7 @@ class Metric:
     ci95: tuple[float, float] | None
     patients: int
     reason: str = ""
+    noise_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,10 @@ class SiteCounts:
 
 @dataclass(frozen=True)
 class SiteMetrics:
+    """``counts`` None: the site does not tell them."""
+
     site: str
-    counts: SiteCounts
+    counts: SiteCounts | None
     metrics: list[Metric] = field(default_factory=list)
     ledger_head: SignedHead | None = None
 

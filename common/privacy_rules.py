@@ -6,9 +6,11 @@ patient by patient. A recipe that wants more is refused here, and never run with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from common import public_factors
+from common.privacy.published import CLEAR_SCALE, PublishedMetrics
 from common.recipe import (
     PERSONAL_RULES,
     PINNED_A_RULES,
@@ -40,9 +42,30 @@ def privacy_faults(recipe: Recipe) -> Iterator[Fault]:
     yield from _site_faults(recipe)
 
 
+def privacy_notes(recipe: Recipe) -> Iterator[str]:
+    """What forbids nothing, and should be known: where the noise on a published number drowns it."""
+    each = recipe.privacy.metric_epsilon
+    for site in recipe.sites:
+        tested = declared_test_patients(site)
+        if each is None or tested is None:
+            continue
+        scale = PublishedMetrics(each, 1, tested).noise_scale
+        if scale > CLEAR_SCALE:
+            enough = math.ceil(1 / (each * CLEAR_SCALE))
+            yield (
+                f"{site.name}: a mean Dice over {tested} patients leaves with noise of scale {scale:.2g}, "
+                f"which says little; {enough} patients would bring it to {CLEAR_SCALE}"
+            )
+
+
 def declared_patients(site: SiteConfig) -> int | None:
     """The patients that a simulated site declares; None: it does not."""
     return site.patients or (site.phantom.train_patients if site.phantom else None)
+
+
+def declared_test_patients(site: SiteConfig) -> int | None:
+    """Those on whom a simulated site tests, as it declares; None: it does not."""
+    return site.test_patients or (site.phantom.test_patients if site.phantom else None)
 
 
 def _training_faults(recipe: Recipe) -> Iterator[Fault]:
@@ -82,9 +105,15 @@ def _stage_faults(recipe: Recipe) -> Iterator[Fault]:
     scope = recipe.generator.scope
     if scope is GeneratorScope.federated:
         yield Fault("generator.scope", "federated sends a generator without noise", "take none")
-    if not recipe.privacy.release_metrics and scope is not GeneratorScope.none:
+    if recipe.privacy.withheld and scope is not GeneratorScope.none:
         what = f"with scope {scope} more leaves than the noised steps, and release_metrics is false"
         yield Fault("generator.scope", what, "take none, or leave privacy.release_metrics true")
+    elif recipe.privacy.covered and scope is not GeneratorScope.none:
+        what = f"with scope {scope} something leaves without noise, so noised metrics guarantee nothing"
+        yield Fault("generator.scope", what, "take none, or leave privacy.metric_epsilon out")
+    if recipe.privacy.withheld and recipe.privacy.metric_epsilon is not None:
+        what = "no metric leaves while privacy.release_metrics is false"
+        yield Fault("privacy.metric_epsilon", what, "leave it out, or leave release_metrics true")
     for index, name in enumerate(recipe.baselines):
         if name in OWN_TEACHERS:
             what = f"{name} trains a teacher through run.rounds, which a private run has not"
@@ -102,3 +131,19 @@ def _site_faults(recipe: Recipe) -> Iterator[Fault]:
         elif patients * recipe.privacy.delta >= 1:
             what = f"{recipe.privacy.delta:g} is no less than one in {patients} patients of {site.name}"
             yield Fault("privacy.delta", what, "take a tenth of that or less, such as 1e-5")
+        elif patients < recipe.data.min_patients:
+            what = f"{patients} patients are declared, and data.min_patients is {recipe.data.min_patients}"
+            yield Fault(f"sites[{index}].patients", what, "declare that many, or lower data.min_patients")
+        if recipe.privacy.metric_epsilon is not None:
+            yield from _tested_faults(recipe, index)
+
+
+def _tested_faults(recipe: Recipe, index: int) -> Iterator[Fault]:
+    key, tested = f"sites[{index}].test_patients", declared_test_patients(recipe.sites[index])
+    if tested is None:
+        what = "a metric with noise is divided by a number of test patients that is public"
+        yield Fault(key, what, "declare the labelled ones that test")
+    elif tested < recipe.policy.min_cell_patients:
+        least = recipe.policy.min_cell_patients
+        what = f"{tested} test patients are declared, and policy.min_cell_patients is {least}"
+        yield Fault(key, what, "declare that many, or leave privacy.metric_epsilon out")

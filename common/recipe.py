@@ -197,6 +197,7 @@ class SiteConfig:
     adapter: str | None = None  # None: the recipe's teacher.adapter
     rank: int | None = None  # None: the recipe's teacher.rank
     patients: int | None = None  # declared for a private run, and so public; None: a phantom's train_patients
+    test_patients: int | None = None  # the same, of those tested, where metrics are noised
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,7 @@ class PrivacyConfig:
     learning_rate: float = 0.7  # at the first step; falls in a line to a tenth of it
     momentum: float = 0.9  # of the server, on the mean step
     release_metrics: bool = True  # false: nothing that is measured on patients leaves
+    metric_epsilon: float | None = None  # of each number that does, which is then noised; None: as it is
 
     @property
     def asked(self) -> bool:
@@ -291,8 +293,13 @@ class PrivacyConfig:
 
     @property
     def withheld(self) -> bool:
-        """Whether the noised steps are all that leaves a site and depends on its patients."""
+        """Whether no number that is measured on patients leaves."""
         return self.asked and not self.release_metrics
+
+    @property
+    def covered(self) -> bool:
+        """Whether all that leaves a site and depends on its patients is noised."""
+        return self.withheld or (self.asked and self.metric_epsilon is not None)
 
 
 @dataclass(frozen=True)
@@ -348,8 +355,9 @@ class SiteFile:
 
     ``manifest`` and ``officer_key`` are relative to the file. ``student``, ``adapter`` and ``rank`` None take
     the plan's. ``patients``, the labelled ones that train, is what the site declares in a private run: it is
-    public, and the noise is divided by it. ``officer_key`` is the public key of who signs ``policy.json``
-    beside this file; without it there is no such policy.
+    public, and the noise is divided by it. ``test_patients``, the labelled ones that test, is the same for
+    metrics that leave with noise. ``officer_key`` is the public key of who signs ``policy.json`` beside this
+    file; without it there is no such policy.
     """
 
     name: str = ""
@@ -359,5 +367,6 @@ class SiteFile:
     rank: int | None = None
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     patients: int | None = None
+    test_patients: int | None = None
     officer_key: str | None = None
     holdout: Holdout = Holdout.none  # with coins, about half of the labelled ones are declared as patients

@@ -125,8 +125,8 @@ RANGES: dict[type, dict[str, Range]] = {
         "feature_weight": NOT_NEGATIVE,
         "synthetic_share": SHARE,
     },
-    SiteConfig: {"rank": COUNT, "patients": COUNT},
-    SiteFile: {"rank": COUNT, "patients": COUNT},
+    SiteConfig: {"rank": COUNT, "patients": COUNT, "test_patients": COUNT},
+    SiteFile: {"rank": COUNT, "patients": COUNT, "test_patients": COUNT},
     schema.PolicyConfig: {
         "min_group_patients": COUNT,
         "min_cell_patients": COUNT,
@@ -144,6 +144,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "max_images_per_patient": Range(1, 64),
         "learning_rate": Range(0, 1e6, open_low=True),
         "momentum": Range(0, 1, open_high=True),
+        "metric_epsilon": UP_TO_1000,
     },
     schema.EvaluationConfig: {
         "nsd_tolerance": POSITIVE,

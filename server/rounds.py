@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 from common import progress
-from common.errors import BudgetExceeded, DeadlinePassed, FederationError, WardroundError
+from common.errors import BudgetExceeded, DeadlinePassed, FederationError, PolicyRefusal, WardroundError
 from common.plan import Round, RunPlan, Stage
 from common.recipe import Recipe
 from server.collect import Collection, Collector, Errand, Take, Write
@@ -94,6 +94,7 @@ class Rounds:
         Raises:
             DeadlinePassed: fewer than ``run.min_sites`` answered, and the late ones would have sufficed.
             BudgetExceeded: so did too few, because the others' privacy budgets are spent.
+            PolicyRefusal: because the others' policies say no.
             FederationError: fewer than ``run.min_sites`` answered for other reasons.
         """
         nodes = {site: node for site, node in self.nodes.items() if among is None or site in among}
@@ -135,14 +136,20 @@ class Rounds:
         )
         if enough:
             return
-        kind: type[WardroundError] = FederationError
-        if count + collection.late >= self.config.min_sites:
-            kind = DeadlinePassed
-        elif {rejection.reason for rejection in collection.rejected} == {BudgetExceeded.border_code}:
-            kind = BudgetExceeded
-        raise kind(
+        enough_but_late = count + collection.late >= self.config.min_sites
+        error = (DeadlinePassed if enough_but_late else _shortage(collection))(
             f"stage {errand.stage}, round {errand.index}: {count} site(s) answered and run.min_sites is "
             f"{self.config.min_sites}. Each site's own faults.log says more; the state before this round is "
-            "kept: run again with --resume",
-            [f"{rejection.site}: {rejection.reason}" for rejection in collection.rejected],
+            "kept: run again with --resume"
         )
+        error.faults = tuple(f"{rejection.site}: {rejection.reason}" for rejection in collection.rejected)
+        raise error
+
+
+def _shortage(collection: Collection) -> type[WardroundError]:
+    """What too few answers are called: by the one reason that all the others had, if it is one."""
+    codes = {rejection.reason.partition(" ")[0] for rejection in collection.rejected}
+    for kind in (BudgetExceeded, PolicyRefusal):
+        if codes == {kind.border_code}:
+            return kind
+    return FederationError

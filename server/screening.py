@@ -112,13 +112,15 @@ def admit_metrics(metrics: SiteMetrics, site: str) -> None:
     """Raises ``ArtefactError`` with every reason."""
     faults = ["the metrics of another site"] if metrics.site != site else []
     counts = metrics.counts
-    if min(counts.patients, counts.images, counts.train, counts.val, counts.test) < 0:
+    if counts is not None and min(vars(counts).values()) < 0:
         faults.append("a negative count")
     for metric in metrics.metrics:
         if metric.patients < 0:
             faults.append("a negative count")
         if metric.value is None and not metric.reason:
             faults.append("a missing value without its reason")
+        if metric.noise_scale is not None and not metric.noise_scale > 0:
+            faults.append("noise of no size")
     _settle(faults)
 
 

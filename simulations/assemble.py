@@ -103,9 +103,10 @@ def _teacher_adapter(path: Path, outcome: RunOutcome, plan: RunPlan) -> Adapter:
 
 
 def _site_entry(site: Site, outcome: RunOutcome, plan: RunPlan) -> SiteEntry:
-    """Of a site that was dropped before it told its counts, the simulation counts the files itself."""
+    """Of a site that did not tell its counts, the simulation counts the files itself."""
     answer, note = outcome.metrics.get(site.name), outcome.notes.get(site.name)
-    counts = answer.counts if answer else count_patients(site.patients(plan.data, plan.seed))
+    told = answer.counts if answer else None
+    counts = told or count_patients(site.patients(plan.data, plan.seed))
     return SiteEntry(
         id=site.name,
         patients=counts.patients,

@@ -66,4 +66,5 @@ def to_cell(site: str, tested_on: str, metric: Metric) -> BenefitCell:
         ci95=None if metric.ci95 is None else list(metric.ci95),
         patients=metric.patients,
         reason=metric.reason,
+        noise_scale=metric.noise_scale,
     )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from client.egress import RECEIPTS
 from client.site import Site
 from common.plan import RunPlan, Stage
 from common.privacy.accounting import Neighbouring, epsilon
-from common.privacy.budget import booked_epsilon
+from common.privacy.budget import Histories, booked_epsilon
 from common.privacy.entries import Entry, EntryType
 from common.privacy.events import Event
 from common.privacy.journal import LEDGER, read_lines
 from common.privacy.plan import PrivacyPlan
+from common.privacy.published import LAPLACE
 from common.privacy.receipts import NO_MECHANISM, PUBLIC, read_receipts
 from server.report.schema import PrivacyEntry, PrivacyStage
+
+BOOKED = (EntryType.reserve, EntryType.metric)
 
 
 def privacy_entry(site: Site, plan: RunPlan) -> PrivacyEntry:
@@ -29,7 +34,7 @@ def privacy_entry(site: Site, plan: RunPlan) -> PrivacyEntry:
     entries = read_lines((site.folder / LEDGER).read_bytes())
     own = [entry for entry in entries if entry.run_id == plan.run_id]
     planned = next(_plan_of(entry) for entry in own if entry.type is EntryType.plan)
-    spent = [event for entry in own if entry.type is EntryType.reserve for event in entry.listed()]
+    spent = {kind: [event for one in own if one.type is kind for event in one.listed()] for kind in BOOKED}
     # Epsilon of the run alone is of no use to a patient who was in a release without noise.
     bounded = bool(entries) and not any(entry.type is EntryType.export for entry in entries)
     receipts = read_receipts((site.folder / RECEIPTS).read_bytes())
@@ -38,7 +43,7 @@ def privacy_entry(site: Site, plan: RunPlan) -> PrivacyEntry:
     return PrivacyEntry(
         unit=str(planned.unit),
         guarantee=guarantee,
-        epsilon=_epsilon(spent, planned.delta) if guarantee else None,
+        epsilon=_most(entries, plan.run_id, planned.delta) if guarantee else None,
         delta=planned.delta if guarantee else None,
         neighbouring=str(Neighbouring.add_remove),
         sampling=str(planned.sampling),
@@ -51,20 +56,36 @@ def _plan_of(entry: Entry) -> PrivacyPlan:
     return PrivacyPlan.from_json(entry.detail["plans"][str(Stage.adapt)])
 
 
-def _stage(stage: Stage, plan: RunPlan, planned: PrivacyPlan, spent: list[Event]) -> PrivacyStage:
-    if stage is not Stage.adapt:
-        public = stage is Stage.propose or (stage is Stage.student and plan.privacy.withheld)
+def _stage(
+    stage: Stage, plan: RunPlan, planned: PrivacyPlan, spent: dict[EntryType, list[Event]]
+) -> PrivacyStage:
+    each = plan.privacy.metric_epsilon
+    if stage is Stage.adapt:
+        noise, rate, events = planned.noise_multiplier, planned.sample_rate, spent[EntryType.reserve]
+    elif stage is Stage.evaluate and each is not None:
+        noise, rate, events = 1 / each, 1.0, spent[EntryType.metric]
+    else:
+        public = stage is Stage.propose or (stage is Stage.student and plan.privacy.covered)
         return PrivacyStage(str(stage), PUBLIC if public else NO_MECHANISM)
     return PrivacyStage(
         stage=str(stage),
-        mechanism="dp_sgd",
-        noise_multiplier=planned.noise_multiplier,
-        sample_rate=planned.sample_rate,
-        steps=sum(event.count for event in spent),
-        epsilon=_epsilon(spent, planned.delta),
+        mechanism="dp_sgd" if stage is Stage.adapt else LAPLACE,
+        noise_multiplier=noise,
+        sample_rate=rate,
+        steps=sum(event.count for event in events),
+        epsilon=_epsilon(events, planned.delta),
     )
 
 
-def _epsilon(spent: list[Event], delta: float) -> float | None:
+def _most(entries: list[Entry], run_id: str, delta: float) -> float | None:
+    """Of the run, for the patients who were charged most in it: those who trained, or those who tested."""
+    histories = Histories()
+    for entry in entries:
+        histories.apply(entry)
+    groups = {histories.events(name, lambda spend: spend.run_id == run_id) for name in histories.classes}
+    return max((_epsilon(events, delta) or 0.0 for events in groups), default=0.0)
+
+
+def _epsilon(spent: Sequence[Event], delta: float) -> float | None:
     """Rounded up to six digits, as the ledger writes it."""
     return booked_epsilon(epsilon(spent, delta)) if spent else 0.0

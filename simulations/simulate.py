@@ -19,7 +19,7 @@ from common.errors import DataError
 from common.privacy.budget import Caps
 from common.privacy.journal import LEDGER
 from common.privacy.ledger import Ledger
-from common.privacy_rules import declared_patients
+from common.privacy_rules import declared_patients, declared_test_patients
 from common.recipe import Engine, Recipe, SiteConfig, SiteFile
 from server.outcome import RunOutcome
 from server.report import REPORT_JSON, rebuild
@@ -87,7 +87,7 @@ def prepare_sites(recipe: Recipe, folder: Path) -> list[str]:
                 raise DataError(f"site {name}: {manifest} does not exist; mend sites.{name}.manifest")
         said = SiteFile(name, str(manifest), site.student, site.adapter, site.rank, recipe.policy)
         if recipe.privacy.asked:
-            said = replace(said, patients=declared_patients(site))
+            said = replace(said, patients=declared_patients(site), test_patients=declared_test_patients(site))
             _open_ledger(home, name, recipe.privacy.delta)
         save_site(with_holdout(said, recipe.audit.holdout), home / "site.yaml")
     return sorted(configs)

@@ -54,6 +54,14 @@ class Randomness:
             part.copy_(self._normals(len(part)))
         return found.view(*shape)
 
+    def laplaces(self, count: int) -> NDArray[np.float64]:
+        """``count`` draws of scale 1, each the difference of two exponentials; none is beyond 36.8.
+
+        A draw's low bits give away what it is added to: round it first, and add to whole numbers.
+        """
+        waits = -np.log(self.uniforms(2 * count) + UNIT)  # of (0, 1]: never log 0
+        return np.asarray(waits[:count] - waits[count:])
+
     def _normals(self, count: int) -> Tensor:
         """Box and Muller 1958: 2 ``count`` pairs; a number's four draws are of four different pairs."""
         drawn = torch.from_numpy(self._integers(DRAWS * count).astype(np.float64))

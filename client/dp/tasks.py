@@ -160,10 +160,18 @@ def segmentation_task(
         folder: the site's own, where the frozen prefix is kept (`client.prefix_cache`); None keeps none.
         views: crops of each labelled image.
     """
-    crops = draw_crops(patients, plan.data.image_size, views, derive_seed(plan.seed, "views"))
+    crops = _crops_or_blank(patients, plan, views)
     cut = frozen_blocks(network.encoder, adapter.trained().tensors)
     held = kept_prefix(network, adapter, crops.images, cut, folder) if cut else None
     return SegmentationTask(network, crops, plan.data.exclusive, held, cut)
+
+
+def _crops_or_blank(patients: Sequence[Patient], plan: RunPlan, views: int) -> PatientCrops:
+    """Of a site without a labelled image one blank that is nobody's: its steps are noise, as others' are."""
+    size = plan.data.image_size
+    if any(patient.labelled for patient in patients):
+        return draw_crops(patients, size, views, derive_seed(plan.seed, "views"))
+    return PatientCrops(torch.zeros(1, 3, size, size), torch.zeros(1, len(plan.data.classes), size, size), [])
 
 
 @torch.no_grad()

@@ -157,7 +157,10 @@ class Ledger:
     def charge_metric(
         self, context: Context, stage: str, patients: Iterable[str], events: Sequence[Event]
     ) -> int:
-        """Spend Laplace releases of numbers, like `reserve`."""
+        """Spend Laplace releases of numbers, like `reserve`.
+
+        Its commit says what left, and no step; the same numbers may leave again, by a commit of their own.
+        """
         return self._spend(EntryType.metric, context, stage, patients, events)
 
     def declare_unprotected(self, context: Context, stage: str, patients: Iterable[str]) -> int:
@@ -312,7 +315,8 @@ class Ledger:
         return replace(cohort, members=self._members.write(moves))
 
     def _open_reservation(self, seq: int) -> Entry:
-        if seq not in self.open_reservations():
+        charged = 0 <= seq < len(self.entries) and self.entries[seq].type is EntryType.metric
+        if not charged and seq not in self.open_reservations():
             raise ArtefactError(f"entry {seq} of the ledger is no open reservation")
         return self.entries[seq]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -27,6 +28,10 @@ from common.schema_check import read_section
 
 POLICY = "policy.json"
 SIGNATURE_SUFFIX = ".sig"
+# What a private run sends (the decoder, and the factors B of preset dp) and is sent (the fixed A besides).
+OUTBOUND = ("decoder.*", "encoder.*.lora_B")
+INBOUND = (*OUTBOUND, "encoder.*.lora_A")
+WIRE_DTYPES = ("bfloat16", "float32")
 
 
 class StageRule(StrEnum):
@@ -81,7 +86,13 @@ class StageRules:
 
 @dataclass(frozen=True)
 class PayloadRule:
-    """Tensors whose name matches ``name`` (``*`` stands for anything) may pass."""
+    """Tensors whose name matches ``name`` (``*`` stands for anything) may pass.
+
+    Attributes:
+        max_bytes: of one tensor as it is sent.
+        max_l2: largest Euclidean norm of one tensor's values; of what leaves, after the noise.
+        mechanism: what must have made it; not looked at inbound.
+    """
 
     name: str = ""
     dtype: str = "float32"
@@ -101,7 +112,7 @@ class PayloadRules:
 
 @dataclass(frozen=True)
 class MetricRules:
-    """Numbers measured on patients. ``epsilon_each`` is what one published number costs."""
+    """Numbers measured on patients. ``epsilon_each`` is the most that a published number may cost."""
 
     per_site: bool = False
     min_patients: int = 100
@@ -265,7 +276,10 @@ def check_signature(text: str, signed: str, officer_public: str) -> None:
 
 
 def template(site: str, officer_name: str, officer_public: str, issued: datetime) -> dict[str, Any]:
-    """A policy that is valid and allows no release, to be filled in: plain values for YAML."""
+    """A policy that is valid and allows no release, to be filled in: plain values for YAML.
+
+    Its payload rules are those of a private run, which no stage may begin until the officer says so.
+    """
     days = issued.replace(microsecond=0)
     expires = days.replace(year=days.year + 1, day=min(days.day, 28))
     officer = Officer(officer_name, key_id(officer_public))
@@ -274,7 +288,14 @@ def template(site: str, officer_name: str, officer_public: str, issued: datetime
         officer=officer, max_epsilon_total=8.0, max_epsilon_per_run=4.0, max_epsilon_per_year=6.0,
     )  # fmt: skip
     plain: dict[str, Any] = json.loads(policy.text())
+    plain["payload"] |= {"outbound": _rules(OUTBOUND, 100.0), "inbound": _rules(INBOUND, 1000.0)}
     return plain
+
+
+def _rules(names: Sequence[str], max_l2: float) -> list[dict[str, Any]]:
+    """One rule a name and dtype of the wire, room for a tensor of a million numbers."""
+    rules = [PayloadRule(name, dtype, 4 << 20, max_l2) for name in names for dtype in WIRE_DTYPES]
+    return [asdict(rule) for rule in rules]
 
 
 def _faults(policy: Policy) -> list[str]:
@@ -292,6 +313,12 @@ def _faults(policy: Policy) -> list[str]:
         (0 < policy.discretisation <= 1e-3, "discretisation: above 0, at most 1e-3"),
     ]  # fmt: skip
     found = [text for holds, text in checks if not holds]
+    for side in ("outbound", "inbound"):
+        for index, rule in enumerate(getattr(policy.payload, side)):
+            if not (rule.max_bytes > 0 and rule.max_l2 > 0):
+                found.append(
+                    f"payload.{side}[{index}]: max_bytes and max_l2 above 0, or nothing passes by it"
+                )
     try:
         if moment(policy.issued) >= moment(policy.expires):
             found.append("expires: must be later than issued")

@@ -29,6 +29,8 @@ def policy_group() -> None:
 def policy_new(site: str, officer: str, officer_key: Path, out: Path) -> None:
     """Write a draft that allows nothing to leave SITE, to be opened up where it should.
 
+    Its payload rules list the tensors of a private run; its stages may not run before the draft says so.
+
     \b
     Example:
       wardround privacy policy new harbour --officer "M. Ruiz" --officer-key officer.key.pub --out policy.yaml

@@ -17,10 +17,12 @@ from packaging.specifiers import SpecifierSet
 
 from common.canonical import sha256_of
 from common.errors import PolicyRefusal
+from common.plan import Stage
 from common.privacy.accounting import epsilon
 from common.privacy.entries import Entry, EntryType
 from common.privacy.plan import PrivacyPlan, Sampling, Unit
 from common.privacy.policy import Policy, StageRule, moment
+from common.privacy.published import PublishedMetrics
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Asked:
         plans: stage -> its noised steps; a stage without one sends what no mechanism made.
         runs: stages that run at the site; those in ``sends`` also send something.
         code: digest of the code bundle, and the key id of who signed it ("" for nobody).
+        metrics: names of the numbers measured on patients that would leave.
+        published: how they are noised; None: they are not.
         private_tuning: whether settings are tuned on the site's patients.
     """
 
@@ -55,8 +59,14 @@ class Asked:
     guard_version: str
     a_matrices: Sequence[str] = ()
     metrics: Sequence[str] = ()
+    published: PublishedMetrics | None = None
     secure_aggregation: bool = False
     private_tuning: bool = False
+
+    @property
+    def noised(self) -> set[str]:
+        """Stages whose payload comes out of a mechanism."""
+        return {*self.plans, *([] if self.published is None else [str(Stage.evaluate)])}
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,8 @@ def agree(policy: Policy, asked: Asked) -> Terms:
     Raises ``PolicyRefusal`` with every field that says no; its ``field`` is the first.
     """
     refuse([*_stage_faults(policy, asked), *_plan_faults(policy, asked), *_payload_faults(policy, asked),
-            *_federation_faults(policy, asked), *_code_faults(policy, asked)])  # fmt: skip
+            *_metric_faults(policy, asked), *_federation_faults(policy, asked),
+            *_code_faults(policy, asked)])  # fmt: skip
     images = [plan.max_images_per_patient for plan in asked.plans.values()]
     return Terms(
         policy_sha256=policy.digest,
@@ -155,7 +166,7 @@ def _stage_faults(policy: Policy, asked: Asked) -> Iterator[Fault]:
             yield f"stages.{stage}", "this stage may not run here"
         elif rule is not StageRule.dp_required and stage in asked.sends:
             yield f"stages.{stage}", "nothing of this stage may leave"
-        elif rule is StageRule.dp_required and stage in asked.sends and stage not in asked.plans:
+        elif rule is StageRule.dp_required and stage in asked.sends and stage not in asked.noised:
             yield (
                 f"stages.{stage}",
                 "what leaves must come from noised steps, and the run has no plan for them",
@@ -182,8 +193,11 @@ def _plan_faults(policy: Policy, asked: Asked) -> Iterator[Fault]:
 
 
 def _joint_epsilon(policy: Policy, asked: Asked) -> float:
-    events = [plan.event() for plan in asked.plans.values()]
-    return epsilon(events, policy.delta, interval=policy.discretisation) if events else 0.0
+    """Of the patients who are charged most: those who train, or those who test, who are others."""
+    trained = [plan.event() for plan in asked.plans.values()]
+    tested = [] if asked.published is None else [asked.published.event]
+    groups = [events for events in (trained, tested) if events]
+    return max((epsilon(one, policy.delta, interval=policy.discretisation) for one in groups), default=0.0)
 
 
 def _payload_faults(policy: Policy, asked: Asked) -> Iterator[Fault]:
@@ -197,8 +211,21 @@ def _payload_faults(policy: Policy, asked: Asked) -> Iterator[Fault]:
         yield "payload.base_model_sha256", "another base model"
     if set(asked.a_matrices) - set(policy.payload.a_matrix_sha256):
         yield "payload.a_matrix_sha256", "another fixed factor"
-    if set(asked.metrics) - set(policy.metrics.allowed) or (asked.metrics and not policy.metrics.per_site):
-        yield "metrics.allowed", "a number that may not be published"
+
+
+def _metric_faults(policy: Policy, asked: Asked) -> Iterator[Fault]:
+    if not asked.metrics:
+        return
+    rules, published = policy.metrics, asked.published
+    checks = [
+        ("metrics.allowed", set(asked.metrics) <= set(rules.allowed), "a number that may not be published"),
+        ("metrics.per_site", rules.per_site, "no number may be published of this site alone"),
+        ("metrics.epsilon_each", published is not None and published.epsilon_each <= rules.epsilon_each,
+         "a number would be published with a larger epsilon, or without noise"),
+        ("metrics.min_patients", published is None or published.patients >= rules.min_patients,
+         "a number would be of fewer patients"),
+    ]  # fmt: skip
+    yield from ((name, why) for name, holds, why in checks if not holds)
 
 
 def _federation_faults(policy: Policy, asked: Asked) -> Iterator[Fault]:

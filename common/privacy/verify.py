@@ -33,6 +33,7 @@ from common.privacy.policy import (
     moment,
     policy_from,
 )
+from common.privacy.published import PublishedMetrics
 from common.privacy.receipts import read_receipts, receipt_faults
 from common.privacy.witness import ROLLED_BACK, chain_keys, heads_of, witness_faults
 from common.strict_json import parse_strictly
@@ -88,6 +89,7 @@ def verify(files: Mapping[str, bytes], evidence: Evidence) -> Findings:
         lambda: _policy_over_time(entries, policy, found),
         lambda: _budget(entries, policy, found),
         lambda: _steps(entries, found),
+        lambda: _published(entries, found),
         lambda: _payloads(entries, files, policy, found),
         lambda: _audits(entries, found),
     )
@@ -268,6 +270,26 @@ def _run(
         found.cautions.append(f"{name}: {ran} of {planned} steps are committed")
     booked = sum(event.count for event in reserved)
     return {"run": key[0], "stage": key[1], "planned": planned, "reserved": booked, "ran": ran}
+
+
+def _published(entries: Sequence[Entry], found: Findings) -> None:
+    """Numbers that were charged (METRIC), each against the plan of its run."""
+    planned: dict[str, PublishedMetrics] = {}
+    charged: dict[str, list[Event]] = {}
+    for entry in entries:
+        if entry.type is EntryType.plan and "metrics" in entry.detail:
+            planned[entry.run_id] = PublishedMetrics.from_json(entry.detail["metrics"])
+        elif entry.type is EntryType.metric:
+            charged.setdefault(entry.run_id, []).extend(entry.listed())
+            if entry.run_id not in planned:
+                found.faults.append(f"entry {entry.seq}: publishes numbers that no plan names")
+    for run, events in charged.items():
+        if run in planned and not covers([planned[run].event], events):
+            found.faults.append(f"run {run}: more numbers were published than its plan has")
+    if charged:
+        found.facts["published"] = {
+            run: sum(event.count for event in events) for run, events in sorted(charged.items())
+        }
 
 
 def _payloads(

@@ -18,6 +18,7 @@ from server.report.wording import (
     score,
     signed,
     size,
+    small,
 )
 
 LONGEST_LIST = 6  # sites named one by one in a sentence; beyond, they are counted
@@ -49,6 +50,13 @@ def reading(report: RunReport) -> list[Markup]:
         sentences.append(
             Markup("{} of the benefit tables {} no value; the reason stands in its place.").format(
                 plural(withheld, "cell"), "has" if withheld == 1 else "have"
+            )
+        )
+    scales = [cell.noise_scale for cell in report.benefit if cell.noise_scale is not None]
+    if scales:
+        sentences.append(
+            Markup("{} of the benefit tables left a hospital with Laplace noise of scale up to {}.").format(
+                plural(len(scales), "number"), small(max(scales))
             )
         )
     sentences.append(

@@ -81,7 +81,10 @@ class RoundRecord:
 
 @dataclass(frozen=True)
 class BenefitCell:
-    """A mean over patients. ``value`` None: suppressed or not measurable, and ``reason`` says why."""
+    """A mean over patients. ``value`` None: suppressed or not measurable, and ``reason`` says why.
+
+    ``noise_scale``: of the Laplace noise in it, where there is any; ``patients`` is then as declared.
+    """
 
     site: str
     model: str
@@ -92,6 +95,7 @@ class BenefitCell:
     ci95: list[float] | None
     patients: int
     reason: str = ""
+    noise_scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -254,9 +254,9 @@ class Office:
         draft["stages"] |= stages
         draft |= {"max_epsilon_total": 50.0, "max_epsilon_per_run": 50.0, "max_epsilon_per_year": 50.0}
         draft |= {"min_patients": DECLARED, "min_noise_multiplier": 1.0}
-        outbound = [{"name": "decoder.*", "dtype": "bfloat16", "max_bytes": 1 << 20, "max_l2": 0.0,
-                     "mechanism": "dp_sgd"}]  # fmt: skip
-        draft["payload"] |= {"outbound": outbound, "base_model_sha256": list(self.plan.models.values())}
+        draft["payload"] |= {"base_model_sha256": list(self.plan.models.values())}
+        for rule in draft["payload"]["outbound"]:
+            rule["max_l2"] = 1000.0  # of three patients the noise is a large share
         draft["federation"] |= {
             "min_sites": 2, "allowed_sites": self.plan.sites, "max_rounds": 10,
             "require_secure_aggregation": False,

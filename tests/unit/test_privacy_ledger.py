@@ -158,6 +158,15 @@ def test_published_numbers_are_charged_as_laplace(ledger: Ledger) -> None:
     assert Ledger.open(ledger.folder, CAPS).entries[-1].spent() == metric
 
 
+def test_published_numbers_are_committed_without_a_step_each_time_that_they_leave(ledger: Ledger) -> None:
+    number = ledger.charge_metric(RUN, "evaluate", PATIENTS, [Event(10.0, 1.0, 1, Mechanism.laplace)])
+    with pytest.raises(ArtefactError, match="more steps ran"):
+        ledger.commit(number, [], STEP)
+    for digest in ("ab" * 32, "cd" * 32):
+        ledger.commit(number, [Payload("metrics", digest, 9)], [])
+    assert ledger.epsilon(1e-5) == pytest.approx(0.1, abs=1e-3)
+
+
 def test_a_rolled_key_signs_on_and_a_stranger_does_not(ledger: Ledger) -> None:
     before = (ledger.folder / SIGNING_KEY).read_bytes()
     ledger.roll_key()

@@ -14,10 +14,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common.errors import ConfigError, PolicyRefusal
 from common.plan import Stage
+from common.privacy.accounting import epsilon
 from common.privacy.keys import public_key
 from common.privacy.plan import PlanSettings, PrivacyPlan, Sampling
 from common.privacy.policy import (
+    MetricRules,
     Policy,
+    StageRule,
     StageRules,
     load_signed,
     policy_from,
@@ -25,6 +28,7 @@ from common.privacy.policy import (
     sign_policy,
     template,
 )
+from common.privacy.published import PublishedMetrics
 from common.privacy.terms import Asked, AskedPayload, agree, check_in_force
 from simulations.privacy_exam import record as exam
 from simulations.privacy_exam.site import PLAN, policy_for
@@ -84,6 +88,7 @@ def looser(**changes: object) -> PrivacyPlan:
         ("payload.base_model_sha256", {"base_models": ["e" * 64]}),
         ("payload.a_matrix_sha256", {"a_matrices": ["e" * 64]}),
         ("metrics.allowed", {"metrics": ["mean_dice"]}),
+        ("stages.evaluate", {"runs": ["adapt", "evaluate"], "published": PublishedMetrics(0.1, 1, 100)}),
         ("federation.min_sites", {"sites": ["harbour", "hill"]}),
         ("federation.allowed_sites", {"sites": ["harbour", "hill", "stranger"]}),
         ("federation.max_rounds", {"rounds": 5}),
@@ -113,6 +118,55 @@ def test_other_stricter_policies_are_obeyed() -> None:
     local = replace(POLICY, stages=replace(POLICY.stages, adapt="local_only"))  # type: ignore[arg-type]
     with pytest.raises(PolicyRefusal, match="nothing of this stage may leave"):
         agree(local, ASKED)
+
+
+OPEN = replace(
+    POLICY,
+    stages=replace(POLICY.stages, evaluate=StageRule.dp_required),
+    metrics=MetricRules(per_site=True, min_patients=100, epsilon_each=0.1, allowed=["mean_dice"]),
+)
+MEASURED = replace(
+    ASKED,
+    runs=["adapt", "evaluate"],
+    sends=["adapt", "evaluate"],
+    metrics=["mean_dice"],
+    published=PublishedMetrics(0.1, 3, 100),
+)
+
+
+def test_numbers_with_noise_become_part_of_the_terms() -> None:
+    """Those who train and those who test are others: the run's epsilon is the larger of the two."""
+    assert agree(OPEN, MEASURED).metrics == ["mean_dice"]
+    assert agree(OPEN, MEASURED).max_epsilon_per_run == pytest.approx(PLAN.epsilon())
+    many = PublishedMetrics(0.1, 30, 100)
+    spent = agree(OPEN, replace(MEASURED, published=many)).max_epsilon_per_run
+    assert spent == pytest.approx(epsilon([many.event], 1e-5))
+    assert PLAN.epsilon() < spent < OPEN.max_epsilon_per_run
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("metrics.allowed", {"metrics": ["mean_dice", "hd95"]}),
+        ("metrics.epsilon_each", {"published": PublishedMetrics(0.11, 3, 100)}),
+        ("metrics.min_patients", {"published": PublishedMetrics(0.1, 3, 99)}),
+        ("max_epsilon_per_run", {"published": PublishedMetrics(0.1, 120, 100)}),
+        ("stages.evaluate", {"published": None}),
+    ],
+)
+def test_numbers_that_are_looser_than_the_policy_are_refused_by_their_field(
+    field: str, change: dict[str, object]
+) -> None:
+    with pytest.raises(PolicyRefusal) as caught:
+        agree(OPEN, replace(MEASURED, **change))  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+def test_a_rule_by_which_nothing_could_pass_is_a_fault() -> None:
+    plain = json.loads(POLICY.text())
+    plain["payload"]["inbound"] = [{"name": "decoder.*", "max_bytes": 8, "max_l2": 0.0}]
+    with pytest.raises(ConfigError, match=r"payload\.inbound\[0\]: max_bytes and max_l2 above 0"):
+        policy_from(plain, "p")
 
 
 def test_every_field_that_says_no_is_named_at_once() -> None:

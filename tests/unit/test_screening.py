@@ -125,6 +125,7 @@ def test_a_site_speaks_for_itself_alone() -> None:
     counts = SiteCounts(1, 1, 1, 0, 0)
     admit_note(note, "a")
     admit_metrics(SiteMetrics("a", counts), "a")
+    admit_metrics(SiteMetrics("a", None, [Metric("m", "dice", "x", 0.5, None, 3, noise_scale=0.1)]), "a")
     with pytest.raises(ArtefactError):
         admit_note(note, "b")
     with pytest.raises(ArtefactError):
@@ -134,7 +135,8 @@ def test_a_site_speaks_for_itself_alone() -> None:
 def test_impossible_numbers_are_rejected() -> None:
     with pytest.raises(ArtefactError):
         admit_note(StudentNote("a", "unet-xs", 10, "ab", -1.0, 2.0, 3, 2, -1), "a")
-    for metric in (Metric("m", "dice", "x", None, None, 3), Metric("m", "dice", "x", 0.5, None, -3)):
+    silent = Metric("m", "dice", "x", 0.5, None, 3, noise_scale=0.0)
+    for metric in (Metric("m", "dice", "x", None, None, 3), Metric("m", "dice", "x", 0.5, None, -3), silent):
         with pytest.raises(ArtefactError):
             admit_metrics(SiteMetrics("a", SiteCounts(1, 1, 1, 0, 0), [metric]), "a")
     with pytest.raises(ArtefactError):
