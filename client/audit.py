@@ -13,15 +13,15 @@ from typing import Any
 
 from client.account import privacy_plan
 from client.dp.dress_rehearsal import Rehearsal, rehearse
-from client.membership import STUDENT_FILE, audit_adapter, audit_student, subjects_of
+from client.membership import STUDENT_FILE, Subjects, audit_adapter, audit_student, subjects_of
 from client.site import Site
-from common.errors import ArtefactError
+from common.errors import ArtefactError, DataError
 from common.plan import RunPlan
 from common.privacy.audits import ARTEFACT, REHEARSAL, save_audit
 from common.privacy.entries import Context, Entry, EntryType
 from common.privacy.journal import LEDGER, read_lines
 from common.privacy.ledger_commands import open_ledger
-from common.privacy.membership import Claim, Membership, Verdict, claim_of
+from common.privacy.membership import Assignment, Claim, Membership, Verdict, claim_of
 from common.privacy.policy import POLICY, AuditRules, read_policy
 
 ADAPTER_FILE, ADAPTER_CARD = "teacher/adapter.safetensors", "teacher/card.json"  # below a run's folder
@@ -63,18 +63,19 @@ def audit_site(site: Site, run: Path | None = None) -> Audit:
 
     Raises:
         ArtefactError: the site took part in no run, or what is there is of another.
-        DataError: its patients cannot be read, or all of them were trained on.
+        DataError: its patients cannot be read, all of them were trained on, or coins do not fit the run.
     """
     plan, rules = last_plan(site), AuditRules()
     if (site.folder / POLICY).exists():
         rules = read_policy(site.folder / POLICY).audit
-    subjects = subjects_of(site, plan)
+    subjects, entries = subjects_of(site, plan), _entries(site)
+    _check_coins(subjects, [entry for entry in entries if entry.run_id == plan.run_id])
     artefacts: list[Membership] = []
     missing = ["the rounds before the last: a run keeps its last teacher alone"]
     folder = run or site.folder.resolve().parent.parent
     if run is not None or (folder / ADAPTER_FILE).exists():
         _check_run(folder, plan)
-        claim = claim_of_run(plan, _entries(site))
+        claim = claim_of_run(plan, entries)
         artefacts.append(audit_adapter(folder / ADAPTER_FILE, plan, subjects, claim, rules.alpha))
     else:
         missing.append("the teacher's adapter: name the run's folder with --run")
@@ -148,6 +149,16 @@ def _check_run(folder: Path, plan: RunPlan) -> None:
         ) from error
     if of != plan.run_id:
         raise ArtefactError(f"{folder} is of run {of}, and the site took part in {plan.run_id} last")
+
+
+def _check_coins(subjects: Subjects, own: Sequence[Entry]) -> None:
+    """Whom the coins put in are as many as the run's reservations are about. Raises ``DataError``."""
+    booked = {sum(entry.cohort.classes.values()) for entry in own if entry.type is EntryType.reserve}
+    if subjects.assignment is Assignment.by_coin and booked and booked != {sum(subjects.inside)}:
+        raise DataError(
+            "the run was of other patients than the coins put in: audit a run that was made with holdout: "
+            "coin from its beginning, and with the same manifest"
+        )
 
 
 def _entries(site: Site) -> list[Entry]:

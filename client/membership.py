@@ -46,21 +46,22 @@ class Subjects:
 
 
 def subjects_of(site: Site, plan: RunPlan) -> Subjects:
-    """Those of the site's coins; where there are none, all labelled patients by their split.
+    """Those of the coins that were thrown; without ``holdout: coin`` all labelled patients, by their split.
 
     Raises:
-        DataError: nobody was left out, or nobody was trained on.
+        DataError: nobody was left out, or nobody was trained on, or no coin was thrown before this.
     """
+    coins = read_coins(site.folder)  # before the patients are read, which throws those that are missing
     labelled = [patient for patient in site.patients(plan.data, plan.seed) if patient.labelled]
     if site.holdout is Holdout.coin:
-        coins = read_coins(site.folder)
         asked = [patient for patient in labelled if patient.id in coins]
         found = Subjects(asked, [coins[patient.id] for patient in asked], Assignment.by_coin)
     else:
         found = Subjects(labelled, [p.split is Split.train for p in labelled], Assignment.by_split)
     if len(set(found.inside)) < 2:
         raise DataError(
-            "an audit wants patients that were trained on and others: label more, or hold some out"
+            "an audit wants patients that were trained on and others: label more, or run anew with "
+            "holdout: coin in site.yaml"
         )
     return found
 

@@ -235,7 +235,11 @@ def test_without_coins_the_split_decides_and_nobody_left_out_is_refused(
     subjects = subjects_of(replace(site, holdout=Holdout.none), plan)
     assert subjects.assignment is Assignment.by_split
     assert sum(subjects.inside) == PATIENTS
+    with pytest.raises(DataError, match="and others"):
+        subjects_of(site, plan)  # whose coins are thrown only now
     monkeypatch.setattr("client.holdout.secrets.randbits", lambda _: 1)
+    (home / HOLDOUT).unlink()
+    site.patients(plan.data, plan.seed)
     with pytest.raises(DataError, match="and others"):
         subjects_of(site, plan)
 
@@ -294,6 +298,16 @@ def test_nothing_is_claimed_after_a_release_without_noise(home: Path, plan: RunP
     assert found.artefacts[0].verdict is Verdict.no_claim
     assert client.audit.keep(Site.open(home), found)
     assert verify(read_bundle(home), Evidence()).faults == []
+
+
+def test_coins_that_were_thrown_after_a_run_are_refused(home: Path, plan: RunPlan) -> None:
+    said = SiteFile("east", patients=PATIENTS // 2)
+    save_site(said, home / "site.yaml")
+    finished(home, plan)  # with everybody
+    save_site(replace(said, holdout=Holdout.coin), home / "site.yaml")
+    assert "run anew" in audit(home).stderr
+    assert "other patients than the coins put in" in audit(home).stderr  # now there are some
+    assert entries(home, EntryType.audit)[-1].detail["kind"] == "rehearsal"
 
 
 def test_what_is_not_there_or_of_another_run_is_refused(home: Path, plan: RunPlan) -> None:

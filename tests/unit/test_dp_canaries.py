@@ -7,6 +7,7 @@ import json
 import pytest
 from torch import Tensor
 
+import client.dp.canaries as canaries
 import client.dp.mechanism as mechanism
 from client.dp.canaries import check_canaries, check_worst_case
 from client.dp.dress_rehearsal import rehearse
@@ -72,7 +73,8 @@ def test_ten_percent_less_noise_fails_every_attempt(monkeypatch: pytest.MonkeyPa
     assert "FAILED" in found.lines()[0]
 
 
-def test_a_thorough_rehearsal_is_told_whole() -> None:
+def test_a_thorough_rehearsal_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(canaries, "STEPS_A_WORLD", 200)
     document = json.loads(json.dumps(rehearse(PLAN, SeededRandomness(4), thorough=True).to_json()))
     assert document["passed"]
     assert document["noise"]["count"] == 1_000_000
