@@ -30,11 +30,11 @@ def stage_bar(document: Document) -> Markup:
         start = row["joint"]
     caps = {} if policy is None else {"cap in all": "max_epsilon_total", "cap a run": "max_epsilon_per_run"}
     for place, (name, key) in enumerate(caps.items()):
-        x, foot = across.at(policy[key]), 92.0 + 14 * place
-        marks.append(element("line", x1=x, x2=x, y1=18, y2=foot - 10, class_="cap"))
+        x, foot = across.at(policy[key]), 96.0 + 14 * place
+        marks.append(element("line", x1=x, x2=x, y1=16, y2=64, class_="cap"))
         side = "label end" if x > WIDTH / 2 else "label"
         marks.append(element("text", f"{name} {exact(policy[key])}", x=x, y=foot, class_=side))
-    return picture(112 if caps else 82, "Epsilon by stage, stacked, against the caps of the policy.", *marks)
+    return picture(116 if caps else 82, "Epsilon by stage, stacked, against the caps of the policy.", *marks)
 
 
 def step_lines(document: Document) -> Markup:
@@ -163,7 +163,7 @@ def audit_bars(document: Document) -> Markup:
         y += 18
     names = ("\u25cf lower bound", "\u25a0 most it could find", "\u25c6 claimed")
     for place, name in enumerate(names):
-        text = element("text", name, x=8 + 130 * place, y=y + 34, class_="label")
+        text = element("text", name, x=8 + 150 * place, y=y + 34, class_="label")
         marks.append(element("g", text, class_=f"s{place}"))
     grid = _uprights(axis, across.at, 4.0, y)
     return picture(y + 42, "Audits: lower bound, most that could be found, and the claim.", *grid, *marks)

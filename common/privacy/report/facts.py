@@ -12,6 +12,7 @@ from typing import Any
 
 from common.canonical import sha256_of
 from common.errors import ArtefactError
+from common.privacy.entries import EntryType
 from common.privacy.journal import head_of
 from common.privacy.keys import key_id
 from common.privacy.policy import Policy
@@ -138,12 +139,14 @@ def _signature(record: SiteRecord, policy: Policy) -> str:
 
 
 def _verification(record: SiteRecord) -> Document:
-    heads = "".join(f" --ledger-head {head}" for head in record.inquiry.heads)
+    options = "" if record.inquiry.officer_public is None else " --officer-key OFFICER_KEY"
+    options += "".join(f" --ledger-head {head}" for head in record.inquiry.heads)
     found = record.findings
     return {
-        "command": f"wardround privacy verify --bundle SITE_FOLDER{heads}",
+        "command": f"wardround privacy verify --bundle SITE_FOLDER{options}",
         "holds": None if found is None else found.holds,
         "entries": len(record.entries),
+        "merges": record.number_of(EntryType.merge),
         "faults": [] if found is None else found.faults,
         "cautions": [] if found is None else found.cautions,
         "facts": None if found is None else found.facts,
@@ -212,7 +215,7 @@ def _accounted(record: SiteRecord) -> Document:
             "odds_total": figures.odds(spent.total, delta) if spent.total != spent.run else None,
             "roc": figures.roc(spent.run, delta),
         },
-        "what_ifs": figures.what_ifs(spent.run, plan.max_images_per_patient, delta) if spent.run else [],
+        "what_ifs": figures.what_ifs(spent.run, plan.max_images_per_patient, deltas) if spent.run else [],
     }
 
 

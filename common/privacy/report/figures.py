@@ -94,23 +94,25 @@ def epsilons(spent: Spending, deltas: Sequence[float]) -> list[dict[str, Any]]:
     ]
 
 
-def what_ifs(events: tuple[Event, ...], images_per_patient: int, delta: float) -> list[dict[str, Any]]:
-    """The same noise under other readings; epsilon None where it is not known or not bounded."""
+def what_ifs(
+    events: tuple[Event, ...], images_per_patient: int, deltas: Sequence[float]
+) -> list[dict[str, Any]]:
+    """The same noise under other readings, at each delta; None where it is not known or not bounded."""
     images = max(IMAGES_ASKED, images_per_patient)
-    rows: list[tuple[str, float | None]] = [
-        ("as it was: patient, add or remove one, Poisson sampling", bound(events, delta)),
-        ("two data sets that differ in one replaced patient", _replaced(events, delta)),
-        (
-            "batches from a shuffled list: no amplification is charged",
-            _quick(gathered(map(_shuffled, events)), delta),
+    shuffles = gathered(map(_shuffled, events))
+    readings: dict[str, Callable[[float], float | None]] = {
+        "as it was: patient, add or remove one, Poisson sampling": lambda delta: bound(events, delta),
+        "two data sets that differ in one replaced patient": lambda delta: _replaced(events, delta),
+        "batches from a shuffled list: no amplification is charged": lambda delta: _quick(shuffles, delta),
+        f"{images} images of a patient, each drawn and clipped for itself": lambda delta: _by_image(
+            events, images, delta
         ),
-        (
-            f"{images} images of a patient, each drawn and clipped for itself",
-            _by_image(events, images, delta),
-        ),
-        ("by Renyi accounting (RDP), the bracket above", _renyi(events, delta)),
+        "by Renyi accounting (RDP), the bracket above": lambda delta: _renyi(events, delta),
+    }
+    return [
+        {"reading": name, "epsilons": [figure(delta) for delta in deltas]}
+        for name, figure in readings.items()
     ]
-    return [{"reading": reading, "epsilon": figure} for reading, figure in rows]
 
 
 def _shuffled(event: Event) -> Event:

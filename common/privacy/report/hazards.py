@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.pages.wording import exact
 from common.privacy.entries import EntryType
 from common.privacy.plan import Unit
 from common.privacy.receipts import NO_MECHANISM
@@ -57,11 +58,11 @@ def _promise(record: SiteRecord) -> Iterator[Hazard]:
     images = terms.max_images_per_patient
     unit = f"the plan forms one clipped gradient a {terms.unit}, of at most {images} images"
     yield Hazard(PROMISE, "The unit is the patient", tested(by_patient), unit)
-    share = f"delta {terms.delta:g} times {terms.patients} declared patients is below 1"
+    share = f"delta {exact(terms.delta)} times {terms.patients} declared patients is below 1"
     yield Hazard(
         PROMISE, "Delta is small for this many patients", tested(terms.delta * terms.patients < 1), share
     )
-    merges = sum(entry.type is EntryType.merge for entry in record.entries)
+    merges = record.number_of(EntryType.merge)
     people = f"ids were merged {merges} times; nobody can see from the record which ids are one person"
     yield Hazard(PROMISE, "One person has one patient id", NOT_CHECKED, people)
     yield Hazard(

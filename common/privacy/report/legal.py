@@ -28,8 +28,7 @@ def _processing(document: Document) -> list[str]:
     patients = settings["patients"]
     return [
         "Nature: images and masks of patients are read at this site, by its guard alone, to train a model "
-        "that "
-        "outlines structures. They are not sent.",
+        "that outlines structures. They are not sent.",
         f"Scope: {'a number of' if patients is None else patients} patients; {egress['payloads']} payloads "
         f"({egress['size']}) left in this run, to one server and {sites}.",
         "Context: patients do not deal with the system; whether they expect this use is for the site to say.",
@@ -48,8 +47,7 @@ def _risks(document: Document) -> list[str]:
     return [
         first,
         "Someone reconstructs an image, or a feature of a patient, from what left. The same figure bounds "
-        "it; "
-        "without one, nothing does.",
+        "it; without one, nothing does.",
         "The student or synthetic images, which saw real images without noise, leave the site by another "
         "way.",
         "A person with two patient ids, or at two sites, is charged less than they spent.",

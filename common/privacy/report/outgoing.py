@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.pages.wording import size
+from common.privacy.entries import EntryType
 from common.privacy.receipts import NO_MECHANISM, PUBLIC, ReceiptLine
-from common.privacy.report.record import SiteRecord
+from common.privacy.report.record import SiteRecord, bare_of
 from common.privacy.report.rounding import upper
 
 TO_SERVER = "the server"
@@ -27,7 +28,11 @@ def outgoing(record: SiteRecord) -> dict[str, Any]:
         "payloads": len(receipts),
         "bytes": sum(receipt.bytes for receipt in receipts),
         "size": size(sum(receipt.bytes for receipt in receipts)),
-        "without_mechanism": sum(receipt.mechanism == NO_MECHANISM for receipt in receipts),
+        "noised": _total([r for r in receipts if r.mechanism not in (NO_MECHANISM, PUBLIC)]),
+        "public": _total([r for r in receipts if r.mechanism == PUBLIC]),
+        "without_mechanism": bare_of(receipts),
+        "without_mechanism_elsewhere": bare_of(record.others),
+        "booked_without_noise": record.number_of(EntryType.export),
         "groups": _groups(receipts),
         "list": [_row(receipt) for receipt in receipts],
         "told_apart": bool(record.own) or not record.others,
@@ -36,6 +41,10 @@ def outgoing(record: SiteRecord) -> dict[str, Any]:
 
 def mechanism_in_words(mechanism: str) -> str:
     return WORDS.get(mechanism, mechanism)
+
+
+def _total(receipts: Sequence[ReceiptLine]) -> dict[str, Any]:
+    return {"payloads": len(receipts), "size": size(sum(receipt.bytes for receipt in receipts))}
 
 
 def _groups(receipts: Sequence[ReceiptLine]) -> list[dict[str, Any]]:

@@ -101,14 +101,17 @@ class SiteRecord:
         found = []
         if self.terms is None:
             found.append("the run asked for no noise")
-        if bare := _bare(self.receipts):
+        if bare := bare_of(self.receipts):
             found.append(f"{bare} of its payloads left without a mechanism")
-        if bare := _bare(self.others):
+        if bare := bare_of(self.others):
             found.append(f"{bare} payloads of other runs left without a mechanism")
-        exports = sum(entry.type is EntryType.export for entry in self.entries)
-        if exports:
+        if exports := self.number_of(EntryType.export):
             found.append(f"the ledger holds {exports} releases without noise, which nothing takes back")
         return found
+
+    def number_of(self, kind: EntryType) -> int:
+        """Entries of that type in the whole ledger."""
+        return sum(entry.type is kind for entry in self.entries)
 
     @property
     def guaranteed(self) -> bool:
@@ -202,7 +205,7 @@ def _divided(
     return read_receipts(data[start:end]), read_receipts(data[:start] + data[end:])
 
 
-def _bare(receipts: Sequence[ReceiptLine]) -> int:
+def bare_of(receipts: Sequence[ReceiptLine]) -> int:
     return sum(receipt.mechanism == NO_MECHANISM for receipt in receipts)
 
 

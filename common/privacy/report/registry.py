@@ -67,7 +67,7 @@ def _implementation(document: Document) -> Document:
     return {
         "software": document["reproducibility"]["versions"],
         "code_sha256": document["reproducibility"]["code_sha256"],
-        "randomness": "stream cipher keyed by the operating system; Gaussian noise from four double-precision draws",
+        "randomness": "stream cipher keyed by the operating system; each number of noise from four draws",
         "enforcement": "guard in a process of its own"
         if document["run"]["enforced"]
         else document["enforcement"],

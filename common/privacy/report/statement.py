@@ -13,8 +13,8 @@ from common.pages.wording import exact, plural
 HOLDS, BROKEN = "holds", "does not hold"
 ADVISORY = "policy advisory, not enforced"
 DISCLAIMER = (
-    "This report does not state that the model is anonymous, that its use is safe, or that anything here is "
-    "compliant with a law: it lists evidence for those who decide."
+    "This report does not state that the model is anonymous, that its use is safe, or that anything here "
+    "is compliant with a law: it lists evidence for those who decide."
 )
 Document = dict[str, Any]
 
@@ -46,9 +46,8 @@ def _word(document: Document) -> str:
 
 def _cautions(document: Document) -> list[str]:
     found = [] if document["run"]["enforced"] else [ADVISORY]
-    found.append("secure aggregation was off: the server saw each update; the figures assume so")
-    if document["policy"] is not None and document["policy"]["signature"] != HOLDS:
-        found.append(f"the policy's signature: {document['policy']['signature']}")
+    known = "; the figures assume so" if document["guarantee"] else ""
+    found.append(f"secure aggregation was off: the server saw each update{known}")
     if document["guarantee"] and document["band"].startswith(("weak", "not")):
         found.append(f"an epsilon of this size is by custom {document['band']}")
     if document["verification"]["holds"] is None:
@@ -71,64 +70,60 @@ def sentences(document: Document) -> list[dict[str, str]]:
 
 def _statement(document: Document) -> str:
     first, second = document["budget"]["epsilons"][:2]
-    settings, egress, policy = document["settings"], document["egress"], document["policy"]
+    settings, policy = document["settings"], document["policy"]
+    noised, public = document["egress"]["noised"], document["egress"]["public"]
     cap = "" if policy is None else f" of {exact(policy['max_epsilon_total'])}"
+    used = f"patients ({document['budget']['most_used_patients']} of them)"
     return (
-        f"{document['site']} sent {plural(egress['payloads'], 'payload')} ({egress['size']}), computed from "
-        f"{settings['patients']} declared patients. For any one patient, whether or not all of their "
-        "images were "
-        "used changes what anyone could conclude from them by at most "
-        f"\u03b5 = {exact(first['run'])} at \u03b4 = {exact(first['delta'])} "
+        f"{document['site']} sent {plural(noised['payloads'], 'noised payload')} ({noised['size']}) computed "
+        f"from {settings['patients']} declared patients, and {public['payloads']} of public values. For any "
+        "one patient, whether or not all of their images were used changes what anyone could conclude from "
+        f"them by at most \u03b5 = {exact(first['run'])} at \u03b4 = {exact(first['delta'])} "
         f"({exact(second['run'])} at {exact(second['delta'])}), one patient added or removed, "
         f"{settings['sampling']} sampling, over this run. Counting everything in the ledger, the most-used "
-        f"patients ({document['budget']['most_used_patients']} of them) have spent "
-        f"{exact(first['total'])}{cap} "
+        f"{used} have spent {exact(first['total'])}{cap} "
         f"at \u03b4 = {exact(first['delta'])}; by custom this is {document['band']}."
     )
 
 
 def _no_statement(document: Document) -> str:
-    egress = document["egress"]
+    egress, gaps = document["egress"], "; ".join(document["gaps"])
     return (
         f"{document['site']} sent {plural(egress['payloads'], 'payload')} ({egress['size']}) in this run, "
-        "with NO "
-        f"GUARANTEE: {'; '.join(document['gaps'])}. Nothing bounds what they say about one patient."
+        f"with NO GUARANTEE: {gaps}. Nothing bounds what they say about one patient."
     )
 
 
 def _plain(document: Document) -> str:
-    rows = document["meaning"]["odds"][1:]
-    parts = [
-        f"wrongly names at most {exact(row['wrongly_named_per_100'])} in 100 patients who were not, they "
-        "could pick "
-        f"out at most {exact(row['found_per_100'])} in 100 of those who were (guessing gives "
-        f"{exact(row['wrongly_named_per_100'])})"
-        for row in rows
-    ]
-    return f"Suppose someone tries to tell whose images were used. Who {'; who '.join(parts)}."
+    parts = []
+    for row in document["meaning"]["odds"][1:]:
+        wrong, found = exact(row["wrongly_named_per_100"]), exact(row["found_per_100"])
+        parts.append(
+            f"wrongly naming at most {wrong} in 100 patients who were not, they could pick out at most "
+            f"{found} in 100 of those who were (guessing gives {wrong})"
+        )
+    return f"Suppose someone tries to tell whose images were used. {_sentence('; '.join(parts))}"
 
 
 def _nothing_plain() -> str:
     return (
         "Suppose someone tries to tell whose images were used. No limit is known to how often they could "
-        "be right: "
-        "NO GUARANTEE."
+        "be right: NO GUARANTEE."
     )
 
 
 def _scope(document: Document) -> str:
     missing = "; ".join(document["not_covered"])
     return (
-        "Holds against the server, other hospitals and anyone who later gets the model, even together. "
-        f"Does not cover: {missing}."
+        "The server, other hospitals and anyone who later gets the model, even together. Does not cover: "
+        f"{missing}."
     )
 
 
 def _no_scope(document: Document) -> str:
     missing = "; ".join(document["not_covered"])
     return (
-        "Holds against nobody: NO GUARANTEE. That images stayed here bounds nothing by itself, for the "
-        "numbers that "
+        "Nobody: NO GUARANTEE. That images stayed here bounds nothing by itself, for the numbers that "
         f"left were computed from them. Not covered either: {missing}."
     )
 
@@ -142,8 +137,7 @@ def _evidence(document: Document) -> str:
     parts = [_rehearsed(document["rehearsal"])]
     parts += [
         f"audit of the {audit['artefact']}: lower bound {exact(audit['lower'])}, the most that it could "
-        "have found "
-        f"{exact(audit['ceiling'])}, {audit['verdict']}"
+        f"have found {exact(audit['ceiling'])}, {audit['verdict']}"
         for audit in document["artefacts"]
     ] or ["no artefact was audited"]
     if verification["holds"] is None:
