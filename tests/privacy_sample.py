@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,29 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from scipy.stats import norm
 
-from common.canonical import sha256_of
-from common.privacy.entries import Context, EntryType
-from common.privacy.ledger import Ledger
+from common.canonical import canonical_json, sha256_of
+from common.privacy.budget import Caps
+from common.privacy.entries import Context, EntryType, Payload
+from common.privacy.ledger import RECEIPTS, Ledger
+from common.privacy.plan import PlanSettings, PrivacyPlan
 from common.privacy.policy import read_policy
+from common.privacy.receipts import ReceiptLine
 from simulations.privacy_exam.site import make_site
 
+RUN_PLAN = {
+    "run_id": "run-1", "sites": ["harbour", "hill", "lake"], "stages": ["propose", "adapt", "student"],
+    "models": {"ward-sam-tiny": "b" * 64}, "code_sha256": "c" * 64,
+}  # fmt: skip
 DRAWS, STEPS, PATIENTS, RATE = 20_000, 400, 60, 0.1
 
 
-def audited_site(folder: Path, officer: Ed25519PrivateKey) -> None:
+def audited_site(folder: Path, officer: Ed25519PrivateKey, verdict: str = "CONSISTENT") -> None:
     """A private run under a policy, rehearsed, its adapter attacked, and heads of two other sites kept."""
     make_site(folder, officer)
     audits = folder / "audits"
     audits.mkdir()
     (audits / "rehearsal.json").write_text(json.dumps(rehearsal_file()))
-    artefact = json.dumps(artefact_file())
+    artefact = json.dumps({**artefact_file(), "verdict": verdict})
     (audits / "artefact-adapter.json").write_text(artefact)
     ledger = Ledger.open(folder, read_policy(folder / "policy.json").caps)
     detail = {"kind": "artefact", "lower": 0.134, "upper": 1.2, "ceiling": 3.49}
@@ -34,11 +42,38 @@ def audited_site(folder: Path, officer: Ed25519PrivateKey) -> None:
     heads = [{"site": site, "seq": 7, "hash": sha256_of(site.encode())} for site in ("hill", "lake")]
     lines = [json.dumps({**head, "public_key": "e" * 64, "sig": "f" * 128}) for head in heads]
     (folder / "witnessed.jsonl").write_text("\n".join(lines) + "\n")
-    plan = {
-        "run_id": "run-1", "sites": ["harbour", "hill", "lake"], "stages": ["propose", "adapt", "student"],
-        "models": {"ward-sam-tiny": "b" * 64}, "code_sha256": "c" * 64,
-    }  # fmt: skip
-    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "plan.json").write_text(json.dumps(RUN_PLAN))
+
+
+def bare_site(folder: Path) -> None:
+    """A site after a run without noise: its plan and its receipts, and no ledger."""
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text(json.dumps({**RUN_PLAN, "run_id": "run-b"}))
+    for number, name in enumerate(("answer", "adapt.adapter", "adapt.numbers", "metrics")):
+        digest = sha256_of(name.encode())
+        _receive(folder, ReceiptLine("quay", "adapt", 0, name, 100 + number, digest, "none"))
+
+
+def two_runs(folder: Path) -> None:
+    """Two private runs of a site without a policy: two steps, then one with more noise for some patients."""
+    ledger = Ledger.create(folder, "pier", Caps(1e-5))
+    for run, noise, steps, patients in (("run-1", 1.5, 2, 12), ("run-2", 3.0, 1, 8)):
+        plan = PrivacyPlan.make(PlanSettings(12, 1.0, steps), noise)
+        context = Context(run, sha256_of(run.encode()))
+        ledger.record(EntryType.plan, context, {"plans": {"adapt": plan.to_json()}})
+        for number in range(steps):
+            members = [f"patient-{index}" for index in range(patients)]
+            seq = ledger.reserve(context, "adapt", members, [plan.event(1)])
+            digest = sha256_of(f"{run} {number}".encode())
+            name = "adapt.adapter"
+            _receive(folder, ReceiptLine("pier", "adapt", number, name, 900, digest, "dp_sgd", 1.25))
+            ledger.commit(seq, [Payload(name, digest, 900)], [plan.event(1)])
+    ledger.record(EntryType.checkpoint, context, {})
+
+
+def _receive(folder: Path, receipt: ReceiptLine) -> None:
+    with (folder / RECEIPTS).open("a", encoding="utf-8") as file:
+        file.write(canonical_json(asdict(receipt)) + "\n")
 
 
 def rehearsal_file() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.durable import write_atomic
-from common.errors import VerificationFailed
+from common.errors import ArtefactError, VerificationFailed
 from common.privacy.report.facts import document_of, from_json, to_json
 from common.privacy.report.record import Inquiry, read_record
 
@@ -35,7 +35,9 @@ def rebuild(folder: Path) -> Path:
 def check_page(folder: Path) -> None:
     """Raises ``VerificationFailed`` unless the page is, byte for byte, what ``privacy.json`` gives."""
     page = folder / PRIVACY_HTML
-    if not page.is_file() or page.read_bytes() != _rendered(folder):
+    if not page.is_file():
+        raise ArtefactError(f"{page} is missing: make it with `wardround privacy page`")
+    if page.read_bytes() != _rendered(folder):
         raise VerificationFailed(f"{page} is not what {PRIVACY_JSON} gives: make it again, and compare")
 
 

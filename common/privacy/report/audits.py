@@ -27,12 +27,15 @@ BINS = 40  # of batch sizes, at most
 def rehearsal(record: SiteRecord) -> dict[str, Any]:
     """The rehearsal's findings with what its plots need; without the file, what the ledger knows of it."""
     booked = [e for e in record.entries if e.type is EntryType.audit and e.detail.get("kind") == "rehearsal"]
-    passed = bool(booked[-1].detail.get("passed")) if booked else None
-    found: dict[str, Any] = {"booked": len(booked), "passed": passed, "figures": None}
+    last = booked[-1].detail if booked else {}
+    passed = bool(last.get("passed")) if booked else None
+    code = str(last.get("code_sha256", ""))
+    found: dict[str, Any] = {"booked": len(booked), "passed": passed, "code_sha256": code, "figures": None}
     if REHEARSAL in record.audits:
         value = _read(record, REHEARSAL)
         try:
-            found |= {"passed": bool(value["passed"]), "figures": _figures(value)}
+            found |= {"passed": bool(value["passed"]), "code_sha256": str(value["code_sha256"])}
+            found["figures"] = _figures(value)
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(REHEARSAL) from error
     return found
@@ -41,7 +44,6 @@ def rehearsal(record: SiteRecord) -> dict[str, Any]:
 def _figures(value: dict[str, Any]) -> dict[str, Any]:
     noise, sampler, clip = value["noise"], value["sampler"], value["clip"]
     found: dict[str, Any] = {
-        "code_sha256": str(value["code_sha256"]),
         "noise": {
             **_figures_of(noise, ("count", "ks_p", "repeats")),
             **{"std": round(noise["std"], 6), "std_allowed": round(noise["std_allowed"], 6)},

@@ -155,13 +155,12 @@ def _verification(record: SiteRecord) -> Document:
 
 def _reproducibility(record: SiteRecord) -> Document:
     head = head_of(list(record.entries))
-    code = record.own[0].code_sha256 if record.own else ""
     plan = record.own[0].plan_sha256 if record.own else ""
     if record.plan is not None:
-        code, plan = code or record.plan.code_sha256, plan or record.plan.digest
+        plan = plan or record.plan.digest
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "code_sha256": code,
+        "code_sha256": record.code,
         "plan_sha256": plan,
         "policy_sha256": "" if record.policy is None else record.policy.digest,
         "base_models": {} if record.plan is None else record.plan.models,

@@ -77,6 +77,8 @@ def _mechanism(
     evidence = "audits/rehearsal.json" if figures else "the ledger's AUDIT entry, without figures"
     if passed is None:
         evidence = "no rehearsal was run"
+    elif passed and rehearsal["code_sha256"] not in ("", record.code):
+        passed, evidence = None, "a rehearsal passed, of other code than the run's"
     for name in (
         "Noise is drawn as strong as claimed",
         "Patients are drawn independently",
@@ -164,9 +166,8 @@ def _code_and_guard(record: SiteRecord) -> Iterator[Hazard]:
         "the guard ran as a process of its own" if separate else "policy advisory, not enforced: one process"
     )
     yield Hazard(TRUST, "The guard is a process of its own", tested(separate), process)
-    code = record.own[0].code_sha256 if record.own else "" if record.plan is None else record.plan.code_sha256
-    allowed = None if record.policy is None else code in record.policy.code.allowed_fab_sha256
-    shown = f"code {code[:12]}" if code else "no code digest is recorded"
+    allowed = None if record.policy is None else record.code in record.policy.code.allowed_fab_sha256
+    shown = f"code {record.code[:12]}" if record.code else "no code digest is recorded"
     yield Hazard(TRUST, "The code is what the policy allows", tested(allowed), shown)
     left = [r.name for r in record.receipts if r.name.startswith(STAYS) and r.mechanism == NO_MECHANISM]
     kept = "of the run's receipts none names it" if not left else f"left: {', '.join(sorted(set(left)))}"

@@ -91,7 +91,7 @@ class SiteRecord:
 
     @cached_property
     def terms(self) -> PrivacyPlan | None:
-        """The plan of the run's noised steps; None: it asked for no noise."""
+        """The plan of the run's noised steps; None: none is booked, so nothing was noised."""
         booked = [entry.detail["plans"] for entry in self.own if entry.type is EntryType.plan]
         return PrivacyPlan.from_json(next(iter(booked[-1].values()))) if booked else None
 
@@ -100,7 +100,7 @@ class SiteRecord:
         """Why there is no guarantee; empty: there is one, for everything that left."""
         found = []
         if self.terms is None:
-            found.append("the run asked for no noise")
+            found.append("no plan of noised steps is booked for it")
         if bare := bare_of(self.receipts):
             found.append(f"{bare} of its payloads left without a mechanism")
         if bare := bare_of(self.others):
@@ -108,6 +108,12 @@ class SiteRecord:
         if exports := self.number_of(EntryType.export):
             found.append(f"the ledger holds {exports} releases without noise, which nothing takes back")
         return found
+
+    @property
+    def code(self) -> str:
+        """Digest of the code that the run proposed; empty if none is recorded."""
+        booked = self.own[0].code_sha256 if self.own else ""
+        return booked or ("" if self.plan is None else self.plan.code_sha256)
 
     def number_of(self, kind: EntryType) -> int:
         """Entries of that type in the whole ledger."""
