@@ -27,13 +27,13 @@ RUN_PLAN = {
 DRAWS, STEPS, PATIENTS, RATE = 20_000, 400, 60, 0.1
 
 
-def audited_site(folder: Path, officer: Ed25519PrivateKey, verdict: str = "CONSISTENT") -> None:
+def audited_site(folder: Path, officer: Ed25519PrivateKey) -> None:
     """A private run under a policy, rehearsed, its adapter attacked, and heads of two other sites kept."""
     make_site(folder, officer)
     audits = folder / "audits"
     audits.mkdir()
     (audits / "rehearsal.json").write_text(json.dumps(rehearsal_file()))
-    artefact = json.dumps({**artefact_file(), "verdict": verdict})
+    artefact = json.dumps(artefact_file())
     (audits / "artefact-adapter.json").write_text(artefact)
     ledger = Ledger.open(folder, read_policy(folder / "policy.json").caps)
     detail = {"kind": "artefact", "lower": 0.134, "upper": 1.2, "ceiling": 3.49}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -195,8 +196,8 @@ def test_without_noise_every_place_says_no_guarantee(bare: Path, documents: list
         assert "NO GUARANTEE" in part
 
 
-def test_a_release_without_noise_takes_the_guarantee_of_later_runs(tmp_path: Path) -> None:
-    two_runs(tmp_path / "site")
+def test_a_release_without_noise_takes_the_guarantee_of_later_runs(repeated: Path, tmp_path: Path) -> None:
+    shutil.copytree(repeated, tmp_path / "site")
     before = document_of(read_record(tmp_path / "site", Inquiry()))
     ledger = Ledger.open(tmp_path / "site", Caps(1e-5))
     ledger.declare_unprotected(Context("run-2"), "evaluate", ["patient-1"])
@@ -221,8 +222,8 @@ def test_what_nobody_looked_at_is_not_checked(documents: list[Document]) -> None
     assert audited["The ledger holds"] == "MET"
 
 
-def test_a_rehearsal_of_other_code_checks_nothing(tmp_path: Path) -> None:
-    audited_site(tmp_path / "site", OFFICER)
+def test_a_rehearsal_of_other_code_checks_nothing(site: Path, tmp_path: Path) -> None:
+    shutil.copytree(site, tmp_path / "site")
     path = tmp_path / "site" / "audits" / "rehearsal.json"
     path.write_text(path.read_text().replace("c" * 64, "9" * 64))
     document = document_of(read_record(tmp_path / "site", INQUIRY))
@@ -243,8 +244,10 @@ def test_the_verdict_follows_the_record(site: Path, documents: list[Document]) -
     assert unverified["verification"]["holds"] is None
 
 
-def test_an_audit_that_found_more_than_is_claimed_is_the_verdict(tmp_path: Path) -> None:
-    audited_site(tmp_path / "site", OFFICER, verdict="INCONSISTENT")
+def test_an_audit_that_found_more_than_is_claimed_is_the_verdict(site: Path, tmp_path: Path) -> None:
+    shutil.copytree(site, tmp_path / "site")
+    path = tmp_path / "site" / "audits" / "artefact-adapter.json"
+    path.write_text(path.read_text().replace("CONSISTENT", "INCONSISTENT"))
     document = document_of(read_record(tmp_path / "site", INQUIRY))
     assert document["verdict"]["word"] == "AN AUDIT CONTRADICTS THE CLAIM"
 
@@ -300,9 +303,9 @@ def test_an_older_run_is_told_apart_from_the_newest(repeated: Path) -> None:
         read_record(repeated, Inquiry(run="run-7"))
 
 
-def test_damage_is_an_error_and_absence_is_not(tmp_path: Path) -> None:
+def test_damage_is_an_error_and_absence_is_not(site: Path, tmp_path: Path) -> None:
     folder = tmp_path / "site"
-    audited_site(folder, OFFICER)
+    shutil.copytree(site, folder)
     audit = folder / "audits" / "artefact-adapter.json"
     whole = audit.read_text()
     audit.write_text(whole.replace('"auc"', '"auk"'))
