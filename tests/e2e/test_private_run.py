@@ -55,7 +55,7 @@ def _the_officers_page(run: Path, spent: float) -> None:
         assert document["verdict"]["word"] == "BOUNDED, UNDER NO POLICY"
         assert document["verification"]["holds"] is True
         assert 0 <= document["budget"]["epsilons"][0]["run"] - spent <= 1e-3
-        assert document["budget"]["by_step"]["actual"][-1][0] == STEPS
+        assert document["budget"]["by_step"]["booked"][-1][0] == STEPS
         assert document["federation"]["sites"] == ["east", "west"]
 
 

@@ -19,22 +19,28 @@ Place = Callable[[float], float]
 
 def stage_bar(document: Document) -> Markup:
     """What each stage added to the joint epsilon, end to end, with the policy's caps."""
-    axis, policy = document["plots"]["stages"], document["policy"]
-    across = Scale(0.0, axis[-1], 8.0, WIDTH - 12.0)
-    marks, start, y = _uprights(axis, across.at, 20.0, 62.0), 0.0, 28.0
-    for number, row in enumerate(document["budget"]["stages"]):
+    axis, policy, rows = document["plots"]["stages"], document["policy"], document["budget"]["stages"]
+    across, top = Scale(0.0, axis[-1], 8.0, WIDTH - 12.0), 8.0 + 15 * len(rows)
+    foot = top + 34
+    marks, start = _uprights(axis, across.at, top - 6, foot), 0.0
+    for number, row in enumerate(rows):
         x, end = across.at(start), across.at(row["joint"])
-        box = element("rect", x=x, y=y, width=max(1.0, end - x), height=26, class_="fill")
-        text = element("text", f"{row['stage']} +{exact(row['added'])}", x=x + 4, y=y - 12, class_="label")
+        box = element("rect", x=x, y=top, width=max(1.0, end - x), height=26, class_="fill")
+        text = _beside(f"{row['stage']} +{exact(row['added'])}", x, 12.0 + 15 * number)
         marks.append(element("g", box, text, class_=f"s{number % 7}"))
         start = row["joint"]
     caps = {} if policy is None else {"cap in all": "max_epsilon_total", "cap a run": "max_epsilon_per_run"}
     for place, (name, key) in enumerate(caps.items()):
-        x, foot = across.at(policy[key]), 96.0 + 14 * place
-        marks.append(element("line", x1=x, x2=x, y1=16, y2=64, class_="cap"))
-        side = "label end" if x > WIDTH / 2 else "label"
-        marks.append(element("text", f"{name} {exact(policy[key])}", x=x, y=foot, class_=side))
-    return picture(116 if caps else 82, "Epsilon by stage, stacked, against the caps of the policy.", *marks)
+        x = across.at(policy[key])
+        marks.append(element("line", x1=x, x2=x, y1=top - 8, y2=foot + 2, class_="cap"))
+        marks.append(_beside(f"{name} {exact(policy[key])}", x, foot + 34 + 15 * place))
+    height = foot + 24 + 15 * len(caps)
+    return picture(height, "Epsilon by stage, stacked, against the caps of the policy.", *marks)
+
+
+def _beside(text: str, x: float, y: float) -> Markup:
+    """A label that starts at ``x``, or ends there where it would not fit."""
+    return element("text", text, x=x, y=y, class_="label end" if x > WIDTH / 2 else "label")
 
 
 def step_lines(document: Document) -> Markup:
@@ -42,7 +48,7 @@ def step_lines(document: Document) -> Markup:
     axes, points = document["plots"]["steps"], document["budget"]["by_step"]
     across = Scale(0.0, axes["x"][-1], LEFT, RIGHT)
     up = Scale(0.0, axes["y"][-1], TOP + HEIGHT, TOP)
-    lines = [("planned", points["planned"]), ("booked", points["actual"])]
+    lines = [("planned", points["planned"]), ("booked", points["booked"])]
     drawn = [
         _line(number, name, [(across.at(x), up.at(y)) for x, y in line], marks=number == 0)
         for number, (name, line) in enumerate(lines)

@@ -195,17 +195,16 @@ def by_step(record: SiteRecord, spent: Spending, delta: float) -> dict[str, list
     """[steps, epsilon after them] as planned, recomputed here, and as the ledger booked it."""
     plan = record.terms
     assert plan is not None
-    marks = sorted(
-        {max(1, round(plan.steps * number / PLANNED_POINTS)) for number in range(1, PLANNED_POINTS + 1)}
-    )
-    planned = [[step, _quick(gathered([plan.event(step), *spent.before]), delta)] for step in marks]
-    actual, steps = [], 0
+    before = [0, _quick(gathered(spent.before), delta)]
+    marks = {max(1, round(plan.steps * number / PLANNED_POINTS)) for number in range(1, PLANNED_POINTS + 1)}
+    planned = [[step, _quick(gathered([plan.event(step), *spent.before]), delta)] for step in sorted(marks)]
+    booked, steps = [], 0
     for entry in record.own:
         steps += sum(event.count for event in entry.spent() if event.mechanism is Mechanism.gaussian)
-        booked = entry.epsilon_after.get(f"{delta:g}")
-        if entry.spent() and booked is not None:
-            actual.append([steps, upper(booked)])
-    return {"planned": _known(planned), "actual": _known(actual)}
+        figure = entry.epsilon_after.get(f"{delta:g}")
+        if entry.spent() and figure is not None:
+            booked.append([steps, upper(figure)])
+    return {"planned": _known([before, *planned]), "booked": _known([before, *booked])}
 
 
 def _known(points: Sequence[Sequence[float | None]]) -> list[list[float]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common.pages.wording import exact
+from common.pages.wording import exact, plural
 
 Document = dict[str, Any]
 
@@ -25,12 +25,12 @@ def assessment(document: Document) -> list[Document]:
 def _processing(document: Document) -> list[str]:
     settings, egress, federation = document["settings"], document["egress"], document["federation"]
     sites = f"{federation['count']} sites" if federation["count"] else "sites that the plan does not name"
-    patients = settings["patients"]
+    people = "a number of" if settings["patients"] is None else settings["patients"]
+    left = plural(egress["payloads"], "payload")
     return [
         "Nature: images and masks of patients are read at this site, by its guard alone, to train a model "
         "that outlines structures. They are not sent.",
-        f"Scope: {'a number of' if patients is None else patients} patients; {egress['payloads']} payloads "
-        f"({egress['size']}) left in this run, to one server and {sites}.",
+        f"Scope: {people} patients; {left} ({egress['size']}) left in this run, to one server and {sites}.",
         "Context: patients do not deal with the system; whether they expect this use is for the site to say.",
         "Purpose: a model shared by the sites, and a smaller one that stays here.",
     ]

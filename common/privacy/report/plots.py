@@ -46,7 +46,7 @@ def _axis(values: Iterable[float], whole: bool = False) -> list[float]:
 
 
 def _steps(by_step: Document) -> Document:
-    points = [*by_step["planned"], *by_step["actual"]]
+    points = [*by_step["planned"], *by_step["booked"]]
     return {
         "x": _axis([x for x, _ in points], whole=True),
         "y": _axis([y for _, y in points]),

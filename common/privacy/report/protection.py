@@ -40,7 +40,8 @@ def protection(run: float | None, total: float | None, sites: int) -> list[dict[
         {"adversary": who, "sees": sees, "bounded": bound is not None, "epsilon": bound, "note": ""}
         for who, sees, bound in rows
     ]
-    found[3]["note"] = "as far as the guard itself clips and noises: see the hazard on its process"
+    if run is not None:
+        found[3]["note"] = "as far as the guard itself clips and noises: see the hazard on its process"
     own = {
         "adversary": "This hospital's own staff; whoever holds its student",
         "sees": "images, masks, student",
