@@ -303,6 +303,19 @@ def test_an_older_run_is_told_apart_from_the_newest(repeated: Path) -> None:
         read_record(repeated, Inquiry(run="run-7"))
 
 
+def test_an_audit_without_a_claim_checks_nothing(site: Path, tmp_path: Path) -> None:
+    shutil.copytree(site, tmp_path / "site")
+    path = tmp_path / "site" / "audits" / "artefact-adapter.json"
+    value = {**json.loads(path.read_text()), "assignment": "split", "verdict": "NO CLAIM"}
+    path.write_text(json.dumps({**value, "right": 0, "guesses": 0, "lower": 0.0, "ceiling": 0.0}))
+    document = document_of(read_record(tmp_path / "site", INQUIRY))
+    status = {item["name"]: item["status"] for item in document["hazards"]}
+    assert status["No attack found more than is claimed"] == "NOT CHECKED"
+    assert document["plots"]["audits"] is None
+    assert "no bound follows from it" in document["statement"][-1]["text"]
+    assert "no coin decided who was used" in render(document)
+
+
 def test_damage_is_an_error_and_absence_is_not(site: Path, tmp_path: Path) -> None:
     folder = tmp_path / "site"
     shutil.copytree(site, folder)

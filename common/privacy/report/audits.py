@@ -20,6 +20,7 @@ from common.privacy.report.record import SiteRecord
 from common.privacy.report.rounding import per_hundred, upper, upper_rate
 
 REHEARSAL = "rehearsal.json"
+INCONSISTENT, NO_CLAIM = "INCONSISTENT", "NO CLAIM"
 BAND_LEVEL = 0.001  # of each point of the quantile plot: how often a right build strays from the band
 BINS = 40  # of batch sizes, at most
 
@@ -140,6 +141,7 @@ def _artefact(value: dict[str, Any]) -> dict[str, Any]:
         "ceiling": round(value["ceiling"], 3),
         "upper": None if upper_bound is None else upper(upper_bound),
         "verdict": str(value["verdict"]),
+        "bounded": value["guesses"] > 0,  # else no coin decided who was used, and no bound follows
         "not_run": [str(attack) for attack in value["not_run"]],
     }
 

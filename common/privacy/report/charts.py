@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from markupsafe import Markup
@@ -150,7 +151,7 @@ def audit_bars(document: Document) -> Markup:
     axis, y = document["plots"]["audits"], 12.0
     across = Scale(0.0, axis[-1], 8.0, WIDTH - 16.0)
     marks: list[Markup] = []
-    for audit in document["artefacts"]:
+    for audit in filter(itemgetter("bounded"), document["artefacts"]):
         y += 12
         marks.append(
             element(

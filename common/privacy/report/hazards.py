@@ -14,6 +14,7 @@ from common.pages.wording import exact
 from common.privacy.entries import EntryType
 from common.privacy.plan import Unit
 from common.privacy.receipts import NO_MECHANISM
+from common.privacy.report.audits import INCONSISTENT, NO_CLAIM
 from common.privacy.report.record import SiteRecord
 
 MET, NOT_MET, NOT_CHECKED = "MET", "NOT MET", "NOT CHECKED"
@@ -87,11 +88,18 @@ def _mechanism(
     ):
         yield Hazard(UNDERMINED, name, tested(passed), evidence)
     yield from _recomputed(record)
-    found = [audit["verdict"] != "INCONSISTENT" for audit in artefacts]
-    files = ", ".join(audit["file"] for audit in artefacts) or "no artefact audit was run"
-    yield Hazard(
-        UNDERMINED, "No attack found more than is claimed", tested(all(found) if found else None), files
-    )
+    yield _attacked(artefacts)
+
+
+def _attacked(artefacts: Sequence[dict[str, Any]]) -> Hazard:
+    """An audit of what nothing is claimed of, or where no coin decided who was used, has checked nothing."""
+    judged = [audit for audit in artefacts if audit["verdict"] != NO_CLAIM]
+    claims = {audit["file"]: audit["verdict"] != INCONSISTENT for audit in judged}
+    name = "No attack found more than is claimed"
+    if not claims:
+        why = "no audit could contradict a claim" if artefacts else "no artefact audit was run"
+        return Hazard(UNDERMINED, name, NOT_CHECKED, why)
+    return Hazard(UNDERMINED, name, tested(all(claims.values())), ", ".join(claims))
 
 
 def _recomputed(record: SiteRecord) -> Iterator[Hazard]:

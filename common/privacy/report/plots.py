@@ -23,7 +23,7 @@ def plots_of(document: Document) -> Document:
         "roc": {"x": RATES, "y": SHARES} if document["meaning"]["roc"] else None,
         "noise": _noise(rehearsal["quantiles"]) if rehearsal else None,
         "batches": _batches(rehearsal["batches"]) if rehearsal else None,
-        "audits": _axis(_audited(document["artefacts"])) if document["artefacts"] else None,
+        "audits": _audited([audit for audit in document["artefacts"] if audit["bounded"]]),
     }
 
 
@@ -71,5 +71,6 @@ def _batches(batches: list[list[float]]) -> Document:
     }
 
 
-def _audited(audits: list[Document]) -> list[float]:
-    return [v for audit in audits for key in ("lower", "ceiling", "upper") if (v := audit[key]) is not None]
+def _audited(audits: list[Document]) -> list[float] | None:
+    bounds = [v for audit in audits for key in ("lower", "ceiling", "upper") if (v := audit[key]) is not None]
+    return _axis(bounds) if audits else None

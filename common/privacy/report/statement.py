@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from common.pages.wording import exact, plural
+from common.privacy.report.audits import INCONSISTENT
 
 HOLDS, BROKEN = "holds", "does not hold"
 ADVISORY = "policy advisory, not enforced"
@@ -37,7 +38,7 @@ def _word(document: Document) -> str:
         return "THE RECORD DOES NOT HOLD"
     if not document["guarantee"]:
         return "NO GUARANTEE"
-    if any(audit["verdict"] == "INCONSISTENT" for audit in document["artefacts"]):
+    if any(audit["verdict"] == INCONSISTENT for audit in document["artefacts"]):
         return "AN AUDIT CONTRADICTS THE CLAIM"
     if policy is None:
         return "BOUNDED, UNDER NO POLICY"
@@ -135,11 +136,7 @@ def _caution(document: Document) -> str:
 def _evidence(document: Document) -> str:
     verification = document["verification"]
     parts = [_rehearsed(document["rehearsal"])]
-    parts += [
-        f"audit of the {audit['artefact']}: lower bound {exact(audit['lower'])}, the most that it could "
-        f"have found {exact(audit['ceiling'])}, {audit['verdict']}"
-        for audit in document["artefacts"]
-    ] or ["no artefact was audited"]
+    parts += [_audited(audit) for audit in document["artefacts"]] or ["no artefact was audited"]
     if verification["holds"] is None:
         parts.append("the ledger was not verified here")
     else:
@@ -148,6 +145,15 @@ def _evidence(document: Document) -> str:
             f"the verifier recomputed the ledger's {verification['entries']} entries: the record {outcome}"
         )
     return _sentence("; ".join(parts))
+
+
+def _audited(audit: dict[str, Any]) -> str:
+    if not audit["bounded"]:
+        return f"audit of the {audit['artefact']}: no bound follows from it"
+    return (
+        f"audit of the {audit['artefact']}: lower bound {exact(audit['lower'])}, the most that it could have "
+        f"found {exact(audit['ceiling'])}, {audit['verdict']}"
+    )
 
 
 def _rehearsed(rehearsal: dict[str, Any]) -> str:
