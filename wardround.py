@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
+from client.audit_commands import audit
 from client.commands import data, student
 from common import progress
 from common.commands import doctor, teacher
@@ -101,6 +102,7 @@ def main() -> None:
 
 for command in (demo, simulate, recipes, validate, report, data, teacher, student, privacy, doctor):
     main.add_command(command)
+privacy.add_command(audit)
 
 if __name__ == "__main__":
     main(prog_name="wardround")

@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from client.consent import asked_of, signed_policy
+from client.dp.dress_rehearsal import installed_code, rehearse
 from client.patients import Patient
 from client.site import Site
-from common.errors import BudgetExceeded, PolicyRefusal, WardroundError
+from common.errors import ArtefactError, BudgetExceeded, PolicyRefusal, WardroundError
 from common.plan import RunPlan, Stage
 from common.privacy.accounting import quick_epsilon
+from common.privacy.audits import REHEARSAL, lately_rehearsed, save_audit
 from common.privacy.budget import Caps, booked_epsilon
 from common.privacy.entries import Context, Entry, EntryType, Payload
+from common.privacy.heads import SignedHead
 from common.privacy.ledger import Ledger, system_clock
 from common.privacy.plan import PlanSettings, PrivacyPlan, calibrate
 from common.privacy.terms import agree, check_in_force, policy_record
@@ -71,11 +75,34 @@ class Reservation:
         self.ledger.commit(self.number, payloads, [self.terms.event(1)])
 
 
+class OpenLedger:
+    """The ledger of the site in ``folder``, open from one order to the next: only what is new is checked.
+
+    Guarantee: what this process has seen must stay. A ledger that was put back to an older state is refused
+    until the guard is started again, whatever else would hold of it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ledger: Ledger | None = None
+
+    def read(self, caps: Caps) -> Ledger:
+        """As it is on the disk now. Raises what `Ledger.open` raises."""
+        if self._ledger is None:
+            self._ledger = Ledger.open(self._folder, caps)
+        else:
+            self._ledger.refresh(caps)
+        return self._ledger
+
+
 class Account:
     """What one plan costs at one site.
 
     Guarantees: a site with a signed policy takes part in nothing that the policy does not allow; a private
     plan is worked on only beside a whole ledger; neither opens a data file to find out.
+
+    Args:
+        ledger: the site's, if its guard has it open.
 
     Attributes:
         policy: the site's signed one, if it has one.
@@ -86,8 +113,9 @@ class Account:
         ConfigError: the plan's settings are no privacy plan.
     """
 
-    def __init__(self, site: Site, plan: RunPlan) -> None:
+    def __init__(self, site: Site, plan: RunPlan, ledger: OpenLedger | None = None) -> None:
         self._site, self._plan = site, plan
+        self._kept = ledger or OpenLedger(site.folder)
         self._opened: Ledger | None = None
         self.policy = signed_policy(site)
         self.terms: PrivacyPlan | None = None
@@ -108,20 +136,28 @@ class Account:
         """Whether `check` has found a ledger that holds."""
         return self._opened is not None
 
-    def check(self) -> None:
+    def check(self, heads: Sequence[SignedHead] = ()) -> None:
         """The policy is in force and allows the plan, and the ledger holds: before anything is done.
+
+        Args:
+            heads: of sites' ledgers, as an order names them; in a private run this site's own are held
+                against its ledger.
 
         Raises:
             PolicyRefusal: with the policy's field.
-            LedgerBroken: the ledger was changed, cut or rolled back.
-            ArtefactError: a private plan, and there is no ledger.
+            LedgerBroken: the ledger was changed, cut or rolled back, or lacks what it has signed.
+            ArtefactError: a private plan, and there is no ledger; a head that nobody signed.
         """
         if self.policy is not None:
             check_in_force(self.policy, system_clock())
             agree(self.policy, asked_of(self._plan, self._site, self.terms))
         if self.terms is None:
             return
-        self._opened = Ledger.open(self._site.folder, self._caps)
+        if unsigned := sum(not head.holds for head in heads):
+            raise ArtefactError(f"the order names {unsigned} ledger heads that nobody signed")
+        ledger = self._kept.read(self._caps)
+        ledger.check_witnessed(self._site.name, heads)
+        self._opened = ledger
         if self.policy is not None:
             check_in_force(self.policy, system_clock(), self._ledger.entries)
 
@@ -140,6 +176,31 @@ class Account:
         """Raises ``PolicyRefusal`` if the policy has run out since `check`."""
         if self.policy is not None:
             check_in_force(self.policy, system_clock(), self._ledger.entries)
+
+    def rehearse(self) -> None:
+        """This build adds the noise and draws the patients that the plan says: shown on made-up data.
+
+        It is shown anew unless the ledger knows of a rehearsal of the same code that passed, and that the
+        policy does not call old. What came of it is booked and kept in ``audits/rehearsal.json``.
+
+        Raises:
+            PolicyRefusal: it does not (field ``audit``). Nothing was computed on a patient.
+        """
+        if self.terms is None:
+            return
+        code = installed_code()
+        if lately_rehearsed(self._ledger.entries, code, system_clock(), self.policy):
+            return
+        found = rehearse(self.terms)
+        kept = save_audit(self._site.folder, REHEARSAL, found.to_json())
+        detail = {"kind": REHEARSAL, "passed": found.passed, "code_sha256": code, **kept}
+        self._ledger.record(EntryType.audit, self._context, detail, STAGE)
+        if not found.passed:
+            raise PolicyRefusal(
+                "this build does not do what its plan says: see audits/rehearsal.json, and install a build "
+                "that passes",
+                field="audit",
+            )
 
     def begin(self) -> None:
         """Book the policy in force and the run's plan, each once."""
@@ -191,6 +252,10 @@ class Account:
     def export(self, stage: Stage, patients: Sequence[Patient]) -> None:
         """Book that something of ``patients`` is about to leave without noise; nothing takes it back."""
         self._ledger.declare_unprotected(self._context, str(stage), _ids(patients))
+
+    def signed_head(self) -> SignedHead:
+        """The ledger's newest entry, for the server and the other sites to keep."""
+        return self._ledger.signed_head(self._site.name)
 
     def vouch(self) -> None:
         """An entry that names the receipts so far, so that none can be taken away."""

@@ -37,6 +37,7 @@ def asked_of(plan: RunPlan, site: Site, terms: PrivacyPlan | None) -> Asked:
     """What ``plan`` wants of ``site``; ``terms``: of its noised steps, if it has any."""
     runs = [stage for stage in plan.stages if stage is not Stage.propose]
     silent = [Stage.student] if plan.privacy.withheld else []
+    pinned = site.variant(plan).a_sha256
     return Asked(
         rounds=plan.rounds,
         sites=plan.sites,
@@ -47,6 +48,7 @@ def asked_of(plan: RunPlan, site: Site, terms: PrivacyPlan | None) -> Asked:
         base_models=sorted(plan.models.values()),
         code=(plan.code_sha256, ""),
         guard_version=version("wardround"),
+        a_matrices=[pinned] if pinned else (),
         metrics=METRICS if Stage.evaluate in plan.stages else (),
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from client.patients import Patient
 from common.adapter import AdapterUpdate
 from common.canonical import canonical_json, sha256_of
 from common.errors import ArtefactError
-from common.plan import PayloadSpec, RunPlan, Stage, Variant
+from common.plan import PayloadSpec, RunPlan, Stage, Variant, rebuild
 from common.precision import SCALE
 from common.privacy.entries import Payload
+from common.privacy.heads import HEAD, SignedHead, without_empty_head
 from common.privacy.receipts import NO_MECHANISM, PUBLIC
 from common.tuning.presets import GENERATOR
 
@@ -91,6 +92,8 @@ class Egress:
     ) -> AdapterUpdate:
         """``update``, checked and on two receipts: the adapter and the numbers beside it.
 
+        In a private run with the ledger's head, which has the reservation in it.
+
         Args:
             noised: what the mechanism made, and its reservation, which is committed once the receipts are
                 on the disk. While the plan asks for privacy nothing leaves without it.
@@ -105,7 +108,7 @@ class Egress:
         losses = [None if math.isnan(loss) else loss for loss in update.losses]  # NaN: not measured
         numbers = {
             "weight": update.weight, "started_from": update.started_from,
-            "mechanism": update.mechanism, "losses": losses,
+            "mechanism": update.mechanism, "losses": losses, **self._ledger_head(spec),
         }  # fmt: skip
         faults = _tensor_faults(spec, update) + _number_faults(spec, numbers, "")
         if self._private:
@@ -125,7 +128,7 @@ class Egress:
         self._write_numbers(stage, round_index, f"{stage}.numbers", numbers, beside)
         if noised is not None:
             noised.reservation.commit([Payload(name, digest, size)])
-        return update
+        return replace(update, ledger_head=rebuild(SignedHead | None, numbers.get(HEAD)))
 
     def release_numbers(
         self,
@@ -147,6 +150,7 @@ class Egress:
             ArtefactError: if the receipt cannot be written.
         """
         spec = self._spec(stage, round_index)
+        payload = without_empty_head(payload) | self._ledger_head(spec)
         faults = _number_faults(spec, payload, name)
         if self._private and of is None:
             faults.append("the plan asks for privacy, and nobody says whose data this is made of")
@@ -156,6 +160,7 @@ class Egress:
             return payload
         if of:
             self.account.export(stage, of)
+        payload |= self._ledger_head(spec)
         self._write_numbers(stage, round_index, name, payload, NO_MECHANISM if of else PUBLIC)
         self.account.vouch()
         return payload
@@ -163,6 +168,17 @@ class Egress:
     @property
     def _private(self) -> bool:
         return self.plan.privacy.asked
+
+    def _ledger_head(self, spec: PayloadSpec) -> dict[str, Any]:
+        """The number of that name, where the plan lists it: in a private run, with every answer.
+
+        The head has in it all that the message spends. What comes after it in the ledger, the message's own
+        COMMIT or CHECKPOINT, vouches for the receipts, of which the head's is one: it goes with the next.
+        """
+        listed = any(name.endswith(f"{HEAD}.hash") for name in spec.numbers)
+        if not listed or self.account is None or not self.account.private:
+            return {}
+        return {HEAD: asdict(self.account.signed_head())}
 
     def _agreed(self, stage: Stage) -> tuple[str, int]:
         """Preset and rank of what the site trains in ``stage``."""

@@ -10,24 +10,29 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import client.workshop as workshop
-from client.account import MECHANISM, Account
+from client.account import MECHANISM, Account, OpenLedger
 from client.deadline import Deadline
 from client.egress import Egress, Noised
 from client.faults import border_answer, keep_notice
 from client.patients import Patient, Split, of_split
+from client.pinned_factors import check_named, check_sent
 from client.site import Site
 from client.style import summarise_style
+from client.witnesses import witness
 from common import checkpoints
 from common.adapter import Adapter, AdapterUpdate
 from common.errors import ArtefactError, BudgetExceeded, DataError, PolicyRefusal
 from common.guard_api import PlanAnswer, SiteCounts, SiteMetrics, StudentNote
-from common.plan import Round, RunPlan, Stage
+from common.plan import Round, RunPlan, Stage, rebuild
 from common.precision import pack, unpack
 from common.privacy.entries import LedgerBroken
 from common.privacy.receipts import NO_MECHANISM
 from common.style import StyleSummary
+
+_T = TypeVar("_T")
 
 
 class Guard:
@@ -39,6 +44,7 @@ class Guard:
 
     def __init__(self, site: Site) -> None:
         self.site = site
+        self._ledger = OpenLedger(site.folder)
 
     def propose(self, plan: RunPlan, order: Round) -> PlanAnswer:
         """Agree or refuse; a refusal names a code and a policy field, nothing that depends on data."""
@@ -46,10 +52,13 @@ class Guard:
         account: Account | None = None
         try:
             self._check_policy(plan)
-            account = Account(self.site, plan)
-            account.check()
+            account = Account(self.site, plan, self._ledger)
+            self._check(account, order)
             account.check_affordable()
+            account.rehearse()
             variant = self.site.variant(plan)
+            if account.private:
+                check_named(variant)
             answer = replace(answer, preset=variant.preset, rank=variant.rank)
             self._labelled(plan)  # a site that cannot read its data says so now, not in the middle
             self.site.accept(plan)
@@ -60,10 +69,13 @@ class Guard:
                 account.refuse(refusal)
         known = account if account is not None and account.opened else None
         egress = Egress(self.site.name, self.site.folder, plan, account=known)  # of no variant: may have none
-        return PlanAnswer(**egress.release_numbers(order.stage, order.index, "answer", asdict(answer), of=()))
+        about = (order.stage, order.index, "answer")
+        return _as_sent(PlanAnswer, egress.release_numbers(*about, asdict(answer), of=()))
 
     def adapt(self, order: Round, adapter: Adapter) -> AdapterUpdate:
         plan, account = self._heed(order)
+        if account.private:
+            self._check_factors(plan, account, adapter)
         train = self._labelled(plan)
         if account.private:
             update, noised = self._noised_update(plan, order, adapter, account, train)
@@ -104,8 +116,8 @@ class Guard:
         if plan.privacy.withheld:  # the rest of the note is of the architecture, or counts no image
             note, train = replace(note, sha256=""), []
         egress = self._egress(plan, account)
-        egress.release_numbers(order.stage, order.index, "note", asdict(note), of=train)
-        return note
+        about = (order.stage, order.index, "note")
+        return _as_sent(StudentNote, egress.release_numbers(*about, asdict(note), of=train))
 
     def evaluate(self, order: Round, adapter: Adapter) -> SiteMetrics:
         plan, account = self._heed(order)
@@ -114,8 +126,8 @@ class Guard:
         metrics = workshop.evaluate_models(self.site, plan, unpack(adapter), test, Deadline(order.deadline_s))
         answer = SiteMetrics(self.site.name, count_patients(everyone), metrics)
         egress = self._egress(plan, account)
-        egress.release_numbers(order.stage, order.index, "metrics", asdict(answer), of=everyone)
-        return answer
+        about = (order.stage, order.index, "metrics")
+        return _as_sent(SiteMetrics, egress.release_numbers(*about, asdict(answer), of=everyone))
 
     def _heed(self, order: Round) -> tuple[RunPlan, Account]:
         """The plan of ``order``, if this site agreed to it and its policy still does, and what it costs.
@@ -125,9 +137,16 @@ class Guard:
         plan = self.site.accepted_plan(order.plan_sha256)
         if order.notice:
             keep_notice(self.site.folder, order)
-        account = Account(self.site, plan)
-        account.check()
+        account = Account(self.site, plan, self._ledger)
+        self._check(account, order)
         return plan, account
+
+    def _check(self, account: Account, order: Round) -> None:
+        """Policy and ledger allow ``order``; what it shows of other sites' ledgers is kept."""
+        account.check(order.heads)
+        if account.private and order.heads:
+            for notice in witness(self.site.folder, self.site.name, order.heads):
+                keep_notice(self.site.folder, replace(order, notice=notice))
 
     def _check_policy(self, plan: RunPlan) -> None:
         policy = self.site.policy
@@ -142,6 +161,14 @@ class Guard:
         for name, digest in plan.models.items():
             if checkpoints.base_sha256(name) != digest:
                 raise ArtefactError(f"the plan's {name} is not this site's: install the same release")
+
+    def _check_factors(self, plan: RunPlan, account: Account, sent: Adapter) -> None:
+        """Raises ``PolicyRefusal`` for another A than the plan's, and books it."""
+        try:
+            check_sent(self.site.variant(plan), sent)
+        except PolicyRefusal as refusal:
+            account.refuse(refusal)
+            raise
 
     def _patients(self, plan: RunPlan) -> list[Patient]:
         return self.site.patients(plan.data, plan.seed)
@@ -174,6 +201,7 @@ class Guard:
         self, plan: RunPlan, order: Round, sent: Adapter, account: Account, train: Sequence[Patient]
     ) -> tuple[AdapterUpdate, Noised]:
         """One noised step, reserved before its first gradient; nothing beside it is measured on patients."""
+        account.rehearse()  # of another build than agreed to the plan, if it was replaced since
         reservation = account.reserve(train)
         made = workshop.private_teacher_step(self.site, plan, unpack(sent), train, order, reservation)
         update = AdapterUpdate(
@@ -183,6 +211,12 @@ class Guard:
             mechanism=MECHANISM if made.guaranteed else NO_MECHANISM,
         )
         return update, Noised(reservation, frozenset(made.step.tensors))
+
+
+def _as_sent(kind: type[_T], released: dict[str, Any]) -> _T:
+    """What was released, with the ledger's head where the plan has one sent along."""
+    sent: _T = rebuild(kind, released)
+    return sent
 
 
 def count_patients(patients: Sequence[Patient]) -> SiteCounts:

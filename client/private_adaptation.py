@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.account import Reservation
+from client.dp.bench import Bench
 from client.dp.mechanism import Execution, PrivateGradient
 from client.dp.randomness import Randomness, SystemRandomness
-from client.dp.tasks import segmentation_task
+from client.dp.tasks import SegmentationTask, segmentation_task
+from client.dp.trained import Trained
 from client.patients import Patient
 from common.adapter import Adapter
 from common.plan import RunPlan
@@ -52,8 +54,9 @@ def private_step(
     Args:
         order: round index, what was reserved for the step, and the site's folder, where the frozen prefix is
             kept.
-        source: None: the system's randomness, keyed anew. A test may give a seeded one; what comes of it is
-            not guaranteed, and `client.egress` does not let it leave.
+        source: None: the system's randomness; the mechanism then stays ready for the run's next round
+            (`client.dp.bench`). A test may give a seeded one; what comes of it is not guaranteed, and
+            `client.egress` does not let it leave.
 
     Raises:
         ArtefactError: the adapter does not fit.
@@ -61,19 +64,20 @@ def private_step(
         DataError: a gradient is not finite.
     """
     index, reservation, folder = order
-    terms = reservation.terms
-    execution = Execution(max(PHYSICAL_BATCH, terms.max_images_per_patient))
     with teacher.visit(adapter, train=True) as network:
-        task = segmentation_task(network, adapter, patients, plan, folder)
-        gradient = PrivateGradient(
-            task,
-            teacher.slots.trainable(),
-            terms,
-            source or SystemRandomness(),
-            execution,
-            first_step=reservation.step,
-        )
-        noised = gradient.step(reservation.step)
+        trained = teacher.slots.trainable()
+
+        def make() -> tuple[PrivateGradient, int]:
+            task = segmentation_task(network, adapter, patients, plan, folder)
+            rows = PHYSICAL_BATCH * sum(parameter.nbytes for parameter in trained.values())
+            return _mechanism(task, trained, reservation, source or SystemRandomness()), task.nbytes + rows
+
+        # Folded factors are part of what features are made of, and may be others in every round.
+        name = f"{plan.digest} {adapter.folded_digest}"
+        made_for = (network, reservation.terms, *trained.values(), *patients)
+        kept = Bench(None if source else folder, name, made_for)
+        with kept.mechanism(reservation.step, make) as gradient:
+            noised = gradient.step(reservation.step)
     rate = learning_rate(plan, index)
     step = Adapter(
         {name: -rate * tensor for name, tensor in noised.items()},
@@ -82,3 +86,10 @@ def private_step(
         adapter.preset,
     )
     return PrivateStep(step, gradient.guaranteed)
+
+
+def _mechanism(
+    task: SegmentationTask, trained: Trained, paid: Reservation, source: Randomness
+) -> PrivateGradient:
+    execution = Execution(max(PHYSICAL_BATCH, paid.terms.max_images_per_patient))
+    return PrivateGradient(task, trained, paid.terms, source, execution, first_step=paid.step)

@@ -8,12 +8,13 @@ from functools import lru_cache
 from pathlib import Path
 
 from client.data import load_patients
+from client.holdout import leave_out
 from client.patients import Patient
 from common.canonical import canonical_json
 from common.config import load_site
 from common.errors import DataError, PolicyRefusal
 from common.plan import RunPlan, Variant, rebuild
-from common.recipe import DataConfig, PolicyConfig, TeacherConfig
+from common.recipe import DataConfig, Holdout, PolicyConfig, TeacherConfig
 from common.seeding import derive_seed
 from common.tuning.presets import rank_of, site_teacher
 
@@ -31,6 +32,7 @@ class Site:
     rank: int | None = None
     declared: int | None = None  # labelled training patients, as the site says publicly
     officer_key: Path | None = None  # of who signs policy.json
+    holdout: Holdout = Holdout.none
 
     @classmethod
     def open(cls, folder: Path) -> Site:
@@ -47,6 +49,7 @@ class Site:
             rank=given.rank,
             declared=given.patients,
             officer_key=officer,
+            holdout=given.holdout,
         )
 
     def teacher(self, plan: RunPlan) -> TeacherConfig:
@@ -66,8 +69,13 @@ class Site:
         return found
 
     def patients(self, data: DataConfig, seed: int) -> list[Patient]:
-        """The site's patients as the plan reads them, loaded once a process. Raises ``DataError``."""
-        return _patients(self.manifest, canonical_json(_as_dict(data)), derive_seed(seed, self.name, "split"))
+        """The site's patients as the plan reads them, loaded once a process. Raises ``DataError``.
+
+        Those whom the site's coins leave out of training are in the validation split (`client.holdout`).
+        """
+        split_seed = derive_seed(seed, self.name, "split")
+        patients = _patients(self.manifest, canonical_json(_as_dict(data)), split_seed)
+        return patients if self.holdout is Holdout.none else leave_out(self.folder, patients)
 
     def accept(self, plan: RunPlan) -> None:
         (self.folder / "plan.json").write_text(plan.to_json())

@@ -25,6 +25,7 @@ from client.adaptation import Adaptation, Visit, adapt
 from client.curation import Curated, drop_inconsistent, synthetic_part
 from client.deadline import Deadline
 from client.distillation import VARIANTS, TransferSet, assemble_transfer_set, distil, join, real_crops
+from client.dp.bench import forget
 from client.evaluation import THRESHOLD, evaluate_patients, release_metrics
 from client.generation import SyntheticSet, fine_tune, synthesise
 from client.patients import Patient
@@ -100,11 +101,13 @@ class Workshop:
     def run(self) -> StudentNote:
         """Train the student and the recipe's baselines; the note says sizes and counts, no weights.
 
-        Guarantee: no frozen prefix is left in the site's folder afterwards, whatever happened.
+        Guarantee: no frozen prefix is left in the site's folder afterwards, and no crop of a private round
+        in memory, whatever happened.
         """
         try:
             return self._train_all()
         finally:
+            forget(self.site.folder)
             PrefixCache(self.site.folder).forget()
 
     def _train_all(self) -> StudentNote:

@@ -26,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from common.errors import ArtefactError
+from common.privacy.heads import SignedHead
 from common.tuning.halves import B_ALONE, BOTH, Halves, without
 from common.tuning.presets import sends_a
 
@@ -65,8 +66,22 @@ class Adapter:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
+    def folded_digest(self) -> str:
+        """SHA-256 (hex) of the folded factors."""
+        return tensors_digest({name: t for name, t in self.tensors.items() if ".folded_" in name})
+
+    @property
     def elements(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def a_sha256(self) -> str:
+        """SHA-256 (hex) of the factors A as float32, names and shapes among it; empty where there are none.
+
+        The same for every dtype that the values travel in, as long as that changes none of them.
+        """
+        factors = {name: t.float() for name, t in self.tensors.items() if name.endswith(".lora_A")}
+        return tensors_digest(factors) if factors else ""
 
     def layers(self) -> list[str]:
         """The layers that carry factors which a site trains, in order."""
@@ -133,6 +148,7 @@ class AdapterUpdate:
         started_from: digest of the adapter that the site was sent.
         mechanism: the differential-privacy event behind it, or "none".
         losses: mean training loss of the first and of the last tenth of the steps.
+        ledger_head: of the site's ledger in a private run, with this update's reservation in it.
     """
 
     adapter: Adapter
@@ -140,3 +156,4 @@ class AdapterUpdate:
     started_from: str
     mechanism: str = "none"
     losses: tuple[float, float] = (float("nan"), float("nan"))
+    ledger_head: SignedHead | None = None

@@ -94,6 +94,9 @@ def info(name: str, as_json: bool) -> None:
         targets = " ".join(about["targets"][:SHOWN_TARGETS])
         more = f" and {len(about['targets']) - SHOWN_TARGETS} more" * (len(about["targets"]) > SHOWN_TARGETS)
         click.echo(f"  {preset:<14} {about['rank']:>4} {about['elements']:>10,}  {targets}{more}")
+    for preset, about in presets.items():
+        if pinned := about.get("a_matrix_sha256"):
+            click.echo(f"public A of {preset} at rank {about['rank']}: {pinned[str(about['rank'])]}")
 
 
 @teacher.command("import")

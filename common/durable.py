@@ -10,8 +10,11 @@ from pathlib import Path
 from common.errors import DiskFault
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, lasting: bool = True) -> None:
     """Replace ``path`` by ``data``, or leave it as it was.
+
+    Args:
+        lasting: whether it is on the disk when this returns; not needed of what no later process reads.
 
     Raises ``DiskFault`` if the disk is full or does not take it, with what to free and how to go on.
     """
@@ -20,10 +23,12 @@ def write_atomic(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        if lasting:
+            _sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise disk_fault(path.parent, error, len(data)) from error

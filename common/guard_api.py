@@ -13,6 +13,7 @@ from typing import Protocol
 from common.adapter import Adapter, AdapterUpdate
 from common.errors import UsageError
 from common.plan import Round, RunPlan
+from common.privacy.heads import SignedHead
 from common.style import StyleSummary
 
 
@@ -23,6 +24,7 @@ class PlanAnswer:
     Attributes:
         code: empty when it agrees; ``field`` is then empty too.
         preset, rank: the plan's variant that the site will train; empty and 0 when it refuses.
+        ledger_head: of the site's ledger in a private run, as in every answer there (`client.egress`).
     """
 
     site: str
@@ -32,6 +34,7 @@ class PlanAnswer:
     field: str = ""
     preset: str = ""
     rank: int = 0
+    ledger_head: SignedHead | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class StudentNote:
     generated: int
     kept: int
     dropped_inconsistent: int
+    ledger_head: SignedHead | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class SiteMetrics:
     site: str
     counts: SiteCounts
     metrics: list[Metric] = field(default_factory=list)
+    ledger_head: SignedHead | None = None
 
 
 class GuardApi(Protocol):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
+from functools import cache, cached_property
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from common.canonical import canonical_json, sha256_of
 from common.errors import ArtefactError
+from common.privacy.heads import SignedHead
 from common.recipe import (
     AggregationConfig,
     DataConfig,
@@ -64,11 +66,14 @@ class Variant:
 
     Attributes:
         payloads: of the rounds in turn: one where every round sends the same, two where a rule alternates.
+        a_sha256: of a private run, the digest of the factors A that it keeps (`Adapter.a_sha256`); empty
+            where there are none, or where the run may change them.
     """
 
     preset: str
     rank: int
     payloads: list[PayloadSpec]
+    a_sha256: str = ""
 
     def payload(self, round_index: int) -> PayloadSpec:
         """What goes up in round ``round_index`` (0-based)."""
@@ -113,7 +118,7 @@ class RunPlan:
     def to_json(self) -> str:
         return canonical_json(asdict(self))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return sha256_of(asdict(self))
 
@@ -150,6 +155,8 @@ class Round:
         deadline_s: how long the site may take; checked between optimiser steps.
         nonce: fresh for every message; an answer carries it back.
         notice: why this site's last answer was not used, in words without data; empty if it was.
+        heads: in a private run the last heads of the sites' ledgers, this site's own among them, as far as
+            the server has seen any (`client.witnesses`).
     """
 
     plan_sha256: str
@@ -158,6 +165,13 @@ class Round:
     deadline_s: float
     nonce: str
     notice: str = ""
+    heads: list[SignedHead] = field(default_factory=list)
+
+
+@cache
+def hints_of(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields; looking them up anew costs more than using them."""
+    return get_type_hints(kind)
 
 
 def rebuild(kind: Any, value: Any) -> Any:
@@ -166,7 +180,7 @@ def rebuild(kind: Any, value: Any) -> Any:
         inner = [arm for arm in get_args(kind) if arm is not type(None)]
         return None if value is None else rebuild(inner[0], value)
     if is_dataclass(kind) and isinstance(kind, type):
-        hints = get_type_hints(kind)
+        hints = hints_of(kind)
         unknown = set(value) - {item.name for item in fields(kind)}
         if unknown:
             raise TypeError(f"unknown keys {sorted(unknown)} in {kind.__name__}")

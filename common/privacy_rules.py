@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from common import public_factors
 from common.recipe import (
     PERSONAL_RULES,
+    PINNED_A_RULES,
     DecoderTraining,
     GeneratorScope,
     PrivacyConfig,
@@ -17,8 +19,10 @@ from common.recipe import (
     SiteConfig,
 )
 from common.schema_check import Fault
+from common.tuning.presets import rank_of
 
-PRIVATE_PRESETS = ("decoder", "dp")  # nothing of the encoder, or the factor B alone
+B_ALONE_PRESETS = ("dp",)
+PRIVATE_PRESETS = ("decoder", *B_ALONE_PRESETS)  # nothing of the encoder, or the factor B alone
 OWN_TEACHERS = ("local_teacher", "no_federation")  # baselines that train a teacher of the site's own
 
 
@@ -47,15 +51,31 @@ def _training_faults(recipe: Recipe) -> Iterator[Fault]:
     for key, adapter in {"teacher": recipe.teacher.adapter, **own}.items():
         if adapter not in PRIVATE_PRESETS:
             yield Fault(f"{key}.adapter", f"{adapter} is not trained with differential privacy", fix)
-    if recipe.teacher.decoder is DecoderTraining.lora:
+    if recipe.teacher.decoder is DecoderTraining.lora and recipe.teacher.adapter not in B_ALONE_PRESETS:
         what = "factors A and B both trained multiply their noise"
-        yield Fault("teacher.decoder", what, "take full or head; with adapter dp also frozen")
+        yield Fault("teacher.decoder", what, "take full or head; adapter dp trains B alone, also there")
     if recipe.teacher.cached_views:
         what = "a private run keeps one view of every image by itself"
         yield Fault("teacher.cached_views", what, "leave it 0")
     if recipe.aggregation.rule in PERSONAL_RULES:
         what = f"rule {recipe.aggregation.rule} trains adapters without noise, whose metrics leave"
         yield Fault("aggregation.rule", what, "take exact_split")
+    if recipe.teacher.adapter in B_ALONE_PRESETS:
+        yield from _factor_faults(recipe)
+
+
+def _factor_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Factors under noise: A is public, named before the run begins, and stays as it is."""
+    name, rule = recipe.teacher.name, recipe.aggregation.rule
+    if rule not in PINNED_A_RULES:
+        what = f"rule {rule} moves the factor A, which a private run fixes by its digest"
+        yield Fault("aggregation.rule", what, "take ffa")
+    if rank_of(recipe.teacher) > public_factors.MOST_ROWS:
+        what = f"public factors have {public_factors.MOST_ROWS} rows"
+        yield Fault("teacher.rank", what, f"take {public_factors.MOST_ROWS} at most")
+    if public_factors.missing(name):
+        what = f"{name} has no public factors, and A is never random under noise"
+        yield Fault("teacher.adapter", what, f"run `{public_factors.making(name)}`, or take decoder")
 
 
 def _stage_faults(recipe: Recipe) -> Iterator[Fault]:

@@ -47,6 +47,8 @@ MIXED_RANK_RULES = ("exact_split", "flora", "flexlora", "hetlora", "dual")
 MIXED_PRESET_RULES = ("exact_split", "flora", "dual")
 FIXED_A_RULES = ("ffa", "fedsvd")
 ALTERNATING_RULES = ("rolora",)
+# Of those with a fixed A, the rules that never move it between rounds either, as a private run wants it.
+PINNED_A_RULES = ("ffa",)
 # Rules that hold as many components as `AggregationConfig.max_rank`, the trainable ones among them.
 SPLIT_RULES = ("exact_split", "dual")
 # Rules under which each site trains an adapter of its own after the last round, which stays at home.
@@ -103,6 +105,11 @@ class SyntheticLabels(StrEnum):
     soft = "soft"  # the teacher's probabilities
     mask = "mask"  # the conditioning mask
     both = "both"  # their mean
+
+
+class Holdout(StrEnum):
+    none = "none"
+    coin = "coin"  # each labelled training patient is left out by a fair coin, for audits: costs about half
 
 
 @dataclass(frozen=True)
@@ -289,6 +296,13 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """What every simulated site keeps back for `wardround privacy audit`; a real one says so itself."""
+
+    holdout: Holdout = Holdout.none
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     """What a site allows, whatever the server asks."""
 
@@ -322,6 +336,7 @@ class Recipe:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     baselines: list[str] = field(default_factory=lambda: ["local_only", "local_only_scratch"])
@@ -345,3 +360,4 @@ class SiteFile:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     patients: int | None = None
     officer_key: str | None = None
+    holdout: Holdout = Holdout.none  # with coins, about half of the labelled ones are declared as patients

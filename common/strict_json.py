@@ -7,10 +7,10 @@ import math
 from dataclasses import fields, is_dataclass
 from enum import StrEnum
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from common.errors import ArtefactError
-from common.plan import rebuild
+from common.plan import hints_of, rebuild
 
 MAX_JSON = 4 << 20  # characters
 
@@ -54,7 +54,7 @@ def conforms(kind: Any, value: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(conforms(arms[1], entry) for entry in value.values())
     if isinstance(kind, type) and is_dataclass(kind):
-        hints = get_type_hints(kind)
+        hints = hints_of(kind)
         return isinstance(value, kind) and all(
             conforms(hints[item.name], getattr(value, item.name)) for item in fields(kind)
         )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import checkpoints
+from common import checkpoints, public_factors
 from common.adapter import Adapter
 from common.backbones import build_backbone
 from common.backbones.base import Backbone, Features, fit_to_unit
@@ -24,6 +24,7 @@ from common.canonical import canonical_json
 from common.decoder import MaskDecoder
 from common.errors import ArtefactError, ConfigError
 from common.plan import RunPlan, rebuild
+from common.public_factors import with_public_rows
 from common.recipe import DataConfig, DecoderTraining, TeacherConfig
 from common.seeding import derive_seed
 from common.tuning.halves import BOTH, Halves
@@ -211,10 +212,20 @@ def initial_adapter(config: TeacherConfig, data: DataConfig, seed: int) -> Adapt
     return resident_teacher(config, data).slots.initial(derive_seed(seed, "teacher", "lora_A"))
 
 
+def private_initial_adapter(config: TeacherConfig, data: DataConfig, seed: int) -> Adapter:
+    """What a run under differential privacy starts from: `initial_adapter`, with public rows for A.
+
+    Raises ``ArtefactError`` if it has factors and the teacher has no public ones; A is never left random.
+    """
+    start = initial_adapter(config, data, seed)
+    return with_public_rows(start, public_factors.load(config.name)) if start.layers() else start
+
+
 def teacher_info(name: str) -> dict[str, Any]:
     """The card of a teacher, with what each adapter preset trains of its encoder at its default rank.
 
-    A preset of layers that the encoder does not have (``fused`` on DINO) is left out.
+    Of a preset that trains B alone also the digest of its public A at each rank. A preset of layers that the
+    encoder does not have (``fused`` on DINO) is left out.
     """
     card = dict(checkpoints.card(name))
     with torch.device("meta"):
@@ -228,12 +239,25 @@ def teacher_info(name: str) -> dict[str, Any]:
 def _preset_info(name: str, preset: str) -> dict[str, Any]:
     """What a preset trains of the encoder, counted in the network itself, built without any memory."""
     slots = _slots_without_memory(TeacherConfig(name, preset, decoder=DecoderTraining.frozen))
-    return {
+    info = {
         "kind": str(PRESETS[preset].kind),
         "rank": slots.plan.rank,
         "targets": _endings(slots.network, [*slots.plan.layers, *slots.plan.dense]),
         "elements": sum(parameter.numel() for parameter in slots.trainable().values()),
     }
+    return info if sends_a(preset) else {**info, "a_matrix_sha256": _public_digests(name, slots.plan)}
+
+
+def _public_digests(name: str, plan: SlotPlan) -> dict[str, str]:
+    """Rank -> digest of the public A of ``plan``'s layers, as a policy lists it; empty without public A."""
+    if public_factors.missing(name):
+        return {}
+    rows = public_factors.load(name)
+    digests = {}
+    for rank in range(1, public_factors.MOST_ROWS + 1):
+        factors = {f"{layer}.lora_A": rows[layer][:rank] for layer in plan.layers}
+        digests[str(rank)] = Adapter(factors, plan.base_sha256, rank, plan.preset).a_sha256
+    return digests
 
 
 def _decoder_elements(name: str, training: DecoderTraining) -> int:

@@ -22,6 +22,8 @@ from common.adapter import AdapterUpdate
 from common.durable import write_atomic
 from common.errors import ArtefactError
 
+SMALL_BYTES = 1 << 20  # a file of this size stays open: a round reads each of its tensors several times
+MOST_OPEN = 64
 SITE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
@@ -45,6 +47,7 @@ class Answers:
         self.folder = folder
         self._watch = watch
         self._answers: dict[str, _Answer] = {}
+        self._open: dict[str, Any] = {}  # small files that were read from
 
     def add(self, site: str, update: AdapterUpdate) -> None:
         """Write ``update``, which may be freed afterwards.
@@ -60,9 +63,8 @@ class Answers:
         path = self.folder / f"{site}.safetensors"
         tensors = dict(sorted(update.adapter.tensors.items()))
         # Flat, so that a part of one can be read alone.
-        write_atomic(
-            path, save({name: tensor.detach().cpu().reshape(-1) for name, tensor in tensors.items()})
-        )
+        flat = {name: tensor.detach().cpu().reshape(-1) for name, tensor in tensors.items()}
+        write_atomic(path, save(flat), lasting=False)  # a run that is stopped asks for the answers anew
         about = replace(update, adapter=replace(update.adapter, tensors={}))
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self._answers[site] = _Answer(about, path, shapes)
@@ -102,6 +104,7 @@ class Answers:
     def drop(self, site: str) -> None:
         """Remove the site's answer, file and all."""
         self._of(site).path.unlink(missing_ok=True)
+        self._open.pop(site, None)
         del self._answers[site]
 
     def clear(self) -> None:
@@ -117,8 +120,14 @@ class Answers:
     def _opened(self, site: str) -> Iterator[Any]:
         path = self._of(site).path
         try:
-            with safe_open(path, framework="pt") as file:
-                yield file
+            if site in self._open:
+                yield self._open[site]
+            elif path.stat().st_size <= SMALL_BYTES and len(self._open) < MOST_OPEN:
+                self._open[site] = safe_open(path, framework="pt")
+                yield self._open[site]
+            else:
+                with safe_open(path, framework="pt") as file:
+                    yield file
         except (OSError, SafetensorError) as error:
             raise ArtefactError(
                 f"cannot read the answer of site {site!r} in {path} ({error}): run again with --resume"

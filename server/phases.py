@@ -31,6 +31,7 @@ from server.rounds import Rounds
 from server.screening import admit_metrics, admit_note, admit_style
 from server.state import Checkpoint, StateStore
 from server.training import Training
+from server.witness import HEADS_FILE, Witness
 
 TEACHER_FILE = "teacher/adapter.safetensors"
 INBOX = "inbox"  # below the state's folder: the answers of an open round
@@ -83,7 +84,8 @@ class Walk:
         self.rules: dict[Stage, AggregationRule] = {Stage.adapt: build_rule(recipe.aggregation, momentum)}
         if self.first.generator is not None:
             self.rules[Stage.generator] = build_rule(recipe.aggregation)
-        self.rounds = Rounds(collector, recipe, self.plan)
+        witness = Witness(self.plan.privacy.asked, run_dir / "state" / HEADS_FILE)
+        self.rounds = Rounds(collector, recipe, self.plan, witness)
         self.outcome = RunOutcome(self.plan.run_id, self.plan.digest, [])
         seen_nonces: set[str] = set()
         self.training = {
@@ -178,6 +180,7 @@ class Walk:
         def take(site: str, content: wire.Content) -> None:
             note = wire.decode_note(content)
             admit_note(note, site)
+            self.rounds.witness.take(site, note.ledger_head)
             notes[site] = note
 
         done = self.rounds.run(self.rounds.errand(Stage.student, 0, write, take), "students")
@@ -197,6 +200,7 @@ class Walk:
         def take(site: str, content: wire.Content) -> None:
             found = wire.decode_metrics(content)
             admit_metrics(found, site)
+            self.rounds.witness.take(site, found.ledger_head)
             metrics[site] = found
 
         errand = self.rounds.errand(Stage.evaluate, 0, write, take)
@@ -222,7 +226,8 @@ class Walk:
         )
 
     def _keep(self, outcome: RunOutcome) -> None:
-        """Save the state, then take ``outcome`` for granted."""
+        """Save the state, then take ``outcome`` for granted. The ledger heads of it go first."""
+        self.rounds.witness.save()
         tensors = {
             f"{stage}/{name}": tensor
             for stage, rule in self.rules.items()

@@ -6,27 +6,25 @@ number by its path. The site's egress releases nothing else, the server's screen
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 from common.adapter import Adapter
+from common.code_digest import code_sha256
 from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
 from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant
 from common.precision import pack
+from common.privacy.heads import HEAD, HEAD_BYTES, HEAD_NUMBERS
 from common.recipe import AggregationConfig, GeneratorScope, Recipe, TeacherConfig
 from common.style import StyleSummary
 from common.tuning.halves import turns
 from common.tuning.presets import rank_of, site_teacher
 
-PROJECT = Path(__file__).resolve().parent.parent
-SHIPPED_CODE = ("client", "common", "server")
 UPDATE_NUMBERS = ["weight", "started_from", "mechanism", "losses"]
 FRAMING = 1.02  # an update is its tensors and at most 2 % around them
 UPDATE_NUMBERS_BYTES = 1024
@@ -61,12 +59,13 @@ class FirstAdapters:
 
 
 def first_adapters(recipe: Recipe) -> FirstAdapters:
-    """Raises ``ArtefactError`` if the recipe names models that are not there."""
+    """Raises ``ArtefactError`` if the recipe names models that are not there, or public factors."""
     from common import generator, teacher
 
     federated = recipe.generator.scope is GeneratorScope.federated
+    first = teacher.private_initial_adapter if recipe.privacy.asked else teacher.initial_adapter
     return FirstAdapters(
-        [teacher.initial_adapter(one, recipe.data, recipe.run.seed) for one in variant_settings(recipe)],
+        [first(one, recipe.data, recipe.run.seed) for one in variant_settings(recipe)],
         generator.initial_adapter(recipe.generator, recipe.run.seed) if federated else None,
     )
 
@@ -103,6 +102,11 @@ def build_plan(recipe: Recipe, run_id: str, first: FirstAdapters | None = None) 
         ArtefactError: a model is not there.
     """
     first, stages, aggregation = first or first_adapters(recipe), run_stages(recipe), recipe.aggregation
+    payloads = [spec for s in stages if s is not Stage.adapt for spec in _payloads(s, first, aggregation)]
+    variants = [_variant(adapter, recipe) for adapter in first.teachers]
+    if recipe.privacy.asked:
+        payloads = [spec if spec.stage is Stage.style else _with_head(spec) for spec in payloads]
+        variants = [replace(one, payloads=[_with_head(spec) for spec in one.payloads]) for one in variants]
     return RunPlan(
         run_id=run_id,
         seed=recipe.run.seed,
@@ -110,8 +114,8 @@ def build_plan(recipe: Recipe, run_id: str, first: FirstAdapters | None = None) 
         code_sha256=code_sha256(),
         models=model_digests(recipe),
         stages=stages,
-        payloads=[spec for s in stages if s is not Stage.adapt for spec in _payloads(s, first, aggregation)],
-        variants=[Variant(a.preset, a.rank, _in_turn(Stage.adapt, a, aggregation)) for a in first.teachers],
+        payloads=payloads,
+        variants=variants,
         data=replace(recipe.data, root=None),
         teacher=recipe.teacher,
         aggregation=recipe.aggregation,
@@ -139,22 +143,28 @@ def run_stages(recipe: Recipe) -> list[Stage]:
     return stages if recipe.privacy.withheld else [*stages, Stage.evaluate]
 
 
-def code_sha256(project: Path = PROJECT) -> str:
-    """Digest over the source files that a run ships to the sites: path and text of each, in order."""
-    digest = hashlib.sha256()
-    for folder in SHIPPED_CODE:
-        for path in sorted((project / folder).rglob("*.py")):
-            name = path.relative_to(project).as_posix()
-            digest.update(f"{name}|{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
 def _payloads(stage: Stage, first: FirstAdapters, aggregation: AggregationConfig) -> list[PayloadSpec]:
     if stage in TABLES:
         name, kind, max_bytes = TABLES[stage]
         return [PayloadSpec(stage, [], sorted(set(_paths(kind, name))), max_bytes)]
     assert first.generator is not None, "only the federated scope has a generator stage"
     return _in_turn(stage, first.generator, aggregation)
+
+
+def _with_head(spec: PayloadSpec) -> PayloadSpec:
+    """``spec`` and the head of the site's ledger, which goes with every answer of a private run.
+
+    All but styles, which the server hands on to other sites.
+    """
+    table = f"{TABLES[spec.stage][0]}." if spec.stage in TABLES else ""
+    names = [f"{table}{HEAD}.{name}" for name in HEAD_NUMBERS]
+    return replace(spec, numbers=[*spec.numbers, *names], max_bytes=spec.max_bytes + HEAD_BYTES)
+
+
+def _variant(adapter: Adapter, recipe: Recipe) -> Variant:
+    pinned = adapter.a_sha256 if recipe.privacy.asked else ""
+    payloads = _in_turn(Stage.adapt, adapter, recipe.aggregation)
+    return Variant(adapter.preset, adapter.rank, payloads, pinned)
 
 
 def _in_turn(stage: Stage, adapter: Adapter, aggregation: AggregationConfig) -> list[PayloadSpec]:
@@ -177,13 +187,14 @@ def _update_payload(stage: Stage, packed: Adapter) -> PayloadSpec:
 
 
 def _paths(kind: Any, path: str) -> Iterator[str]:
-    """The path of every plain value in ``kind``; lists add nothing to a path."""
+    """The path of every plain value in ``kind``; lists add nothing to a path. See `_with_head`."""
     if get_origin(kind) in (Union, UnionType, list, tuple):
         for arm in get_args(kind):
             yield from _paths(arm, path)
     elif isinstance(kind, type) and is_dataclass(kind):
         hints = get_type_hints(kind)
         for item in fields(kind):
-            yield from _paths(hints[item.name], f"{path}.{item.name}")
+            if item.name != HEAD:
+                yield from _paths(hints[item.name], f"{path}.{item.name}")
     else:
         yield path

@@ -12,6 +12,7 @@ from common.recipe import Recipe
 from server.outcome import RunOutcome, SiteAdapter, SiteRefusal
 from server.report.schema import Rejection, RoundRecord
 from server.rounds import FinishedRound, Rounds
+from server.witness import Witness
 
 CHANGED = "another adapter or rank than it agreed to when the run began"
 NODES_WAIT_S = 120.0  # for the nodes to come online, or the sites' own deadline if that is shorter
@@ -48,11 +49,12 @@ def call_the_roll(rounds: Rounds, recipe: Recipe, before: RunOutcome | None) -> 
 
     finished = rounds.ask(rounds.errand(Stage.propose, 0, write, take), "proposal", nodes)
     faults = _faults(answers, recipe, before)
+    names = {label: answer.site for label, answer in answers.items() if label not in faults}
+    faults |= _witnessed(rounds.witness, [(label, answers[label]) for label in sorted(names)])
     agreed = {label for label, answer in answers.items() if answer.agrees and label not in faults}
     refused = [
         answer for label, answer in sorted(answers.items()) if not answer.agrees and label not in faults
     ]
-    names = {label: answer.site for label, answer in answers.items() if label not in faults}
     finished = _renamed(finished, names, agreed, faults)
     finished.collection.rejected += [Rejection(answer.site, _words(answer)) for answer in refused]
     for rejection in finished.collection.rejected:
@@ -104,6 +106,18 @@ def _faults(answers: dict[str, PlanAnswer], recipe: Recipe, before: RunOutcome |
     return faults
 
 
+def _witnessed(witness: Witness, answers: list[tuple[str, PlanAnswer]]) -> dict[str, str]:
+    """Label -> what its ledger's head says against it; the other heads of those that agree are taken."""
+    faults = {}
+    for label, answer in answers:
+        if answer.agrees:
+            try:
+                witness.take(answer.site, answer.ledger_head)
+            except ArtefactError as error:
+                faults[label] = error.message
+    return faults
+
+
 def _fault(label: str, answers: dict[str, PlanAnswer], known: set[str] | None) -> str:
     name = answers[label].site
     if known is not None and name not in known:
@@ -131,7 +145,10 @@ def _renamed(
     collection = replace(
         old,
         sites=sorted(names[label] for label in agreed),
-        rejected=[*old.rejected, *(Rejection(label, fault) for label, fault in sorted(faults.items()))],
+        rejected=[
+            *old.rejected,
+            *(Rejection(names.get(label, label), fault) for label, fault in sorted(faults.items())),
+        ],
         bytes_up={names.get(label, label): size for label, size in old.bytes_up.items()},
         bytes_down={names.get(label, label): size for label, size in old.bytes_down.items()},
     )

@@ -13,6 +13,7 @@ from common.plan import Round, RunPlan, Stage
 from common.recipe import Recipe
 from server.collect import Collection, Collector, Errand, Take, Write
 from server.report.schema import Rejection, RoundRecord
+from server.witness import Witness
 
 FRAME_BYTES = 4096  # what a message holds beside its payload: keys, digests, the nonce
 
@@ -49,9 +50,12 @@ class Rounds:
         nodes: site -> node id, of the sites that agreed and are there.
         absent: sites of a resumed run that are not there any more.
         notices: site -> why its last answer was not used, for its next order.
+        witness: of the sites' ledgers in a private run.
     """
 
-    def __init__(self, collector: Collector, recipe: Recipe, plan: RunPlan) -> None:
+    def __init__(
+        self, collector: Collector, recipe: Recipe, plan: RunPlan, witness: Witness | None = None
+    ) -> None:
         self.collector = collector
         self.events = collector.events
         self.live = collector.live
@@ -60,11 +64,13 @@ class Rounds:
         self.nodes: dict[str, int] = {}
         self.absent: list[str] = []
         self.notices: dict[str, str] = {}
+        self.witness = witness or Witness(private=False)
 
     def order(self, stage: Stage, index: int, site: str) -> Round:
         """Orders for ``site`` with a fresh nonce: one call a message."""
         nonce, notice = secrets.token_hex(16), self.notices.get(site, "")
-        return Round(self.plan.digest, stage, index, self.config.site_deadline_s, nonce, notice)
+        heads, deadline_s = self.witness.shown_to(site), self.config.site_deadline_s
+        return Round(self.plan.digest, stage, index, deadline_s, nonce, notice, heads)
 
     def errand(self, stage: Stage, index: int, write: Write, take: Take) -> Errand:
         adapters = self.plan.variants if stage is Stage.adapt else []

@@ -69,6 +69,7 @@ class Training:
             nonce, update = wire.decode_update(content)
             self.rounds.live.watch(update)
             admit(update, nonce, sent[site], self.payload(index, site), self.max_weight, self.seen_nonces)
+            self.rounds.witness.take(site, update.ledger_head)
             answers.add(site, replace(update, adapter=unpack(update.adapter)))
             losses[site] = [loss for loss in update.losses if loss == loss]  # NaN: not measured
 

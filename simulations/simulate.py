@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from client.holdout import with_holdout
 from common.config import save_run_config, save_site
 from common.durable import write_atomic
 from common.errors import DataError
@@ -94,7 +95,7 @@ def prepare_sites(recipe: Recipe, folder: Path) -> list[str]:
         if recipe.privacy.asked:
             said = replace(said, patients=declared_patients(site))
             _open_ledger(home, name, recipe.privacy.delta)
-        save_site(said, home / "site.yaml")
+        save_site(with_holdout(said, recipe.audit.holdout), home / "site.yaml")
     return sorted(configs)
 
 

@@ -24,6 +24,7 @@ LEVEL = 0.001  # of each test: how often it fails a right build
 BAND = float(stats.norm.isf(LEVEL / 2))  # standard errors
 WIDTH = 5000  # trained numbers of the rehearsal's network
 OVERSHOOT = 1e-5  # of the clipping norm, left to rounding
+PLOTTED = 99  # quantiles of the noise
 HUGE = 1e6  # of the clipping norm: how long an outlier's gradient is
 
 
@@ -75,6 +76,7 @@ class NoiseCheck:
         neighbours, steps: correlation of neighbouring numbers and of the same number in two steps.
         correlation_allowed: how far from 0 a right build strays.
         repeats: numbers that came again at the same place in another step, beyond chance in float32.
+        quantiles: (expected of N(0, 1), found), at `PLOTTED` evenly spaced shares: for a picture.
     """
 
     count: int
@@ -85,6 +87,7 @@ class NoiseCheck:
     steps: float
     correlation_allowed: float
     repeats: int
+    quantiles: tuple[tuple[float, float], ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -118,7 +121,14 @@ def check_noise(source: Randomness, noise_std: float, max_grad_norm: float, coun
         steps=float(np.mean(noise[1:] * noise[:-1])),
         correlation_allowed=BAND / sqrt(flat.size - WIDTH),
         repeats=_repeats(noise),
+        quantiles=_quantiles(flat),
     )
+
+
+def _quantiles(noise: np.ndarray) -> tuple[tuple[float, float], ...]:
+    shares = np.arange(1, PLOTTED + 1) / (PLOTTED + 1)
+    pairs = zip(stats.norm.ppf(shares), np.quantile(noise, shares), strict=True)
+    return tuple((round(float(expected), 6), round(float(found), 6)) for expected, found in pairs)
 
 
 def _repeats(noise: np.ndarray) -> int:
@@ -135,12 +145,18 @@ class SamplerCheck:
         counts_p: of how often each patient was drawn.
         variance_p: of the batch sizes' spread about N q, which shuffling makes nearly zero.
         empty: steps that drew nobody.
+        asked_rate, patients, steps: q, N and how often was drawn.
+        sizes: batch size -> steps that had it.
     """
 
     rate: float
     counts_p: float
     variance_p: float
     empty: int
+    asked_rate: float
+    patients: int
+    steps: int
+    sizes: dict[int, int]
 
     @property
     def passed(self) -> bool:
@@ -160,23 +176,37 @@ def check_sampler(sampler: PoissonSampler, source: Randomness, steps: int) -> Sa
 def judge_draws(present: np.ndarray, rate: float) -> SamplerCheck:
     """``present`` (steps, patients), bool: who was drawn when, against independent coins of ``rate``."""
     steps, patients = present.shape
-    counts, sizes = present.sum(0), present.sum(1)
-    spread = float(np.square(counts - steps * rate).sum()) / (steps * rate * (1 - rate))
+    sizes = present.sum(1)
     return SamplerCheck(
         rate=float(present.mean()),
-        counts_p=float(2 * min(stats.chi2.cdf(spread, patients), stats.chi2.sf(spread, patients))),
+        counts_p=_counts_p(present.sum(0), steps, rate),
         variance_p=_variance_p(sizes, patients, rate),
         empty=int((sizes == 0).sum()),
+        asked_rate=rate,
+        patients=patients,
+        steps=steps,
+        sizes={
+            int(size): int(count) for size, count in zip(*np.unique(sizes, return_counts=True), strict=True)
+        },
     )
+
+
+def _counts_p(counts: np.ndarray, steps: int, rate: float) -> float:
+    """Of how far the patients' counts lie from T q: too far, or too near for coins."""
+    if rate == 1:
+        return float((counts == steps).all())
+    spread = float(np.square(counts - steps * rate).sum()) / (steps * rate * (1 - rate))
+    return float(2 * min(stats.chi2.cdf(spread, len(counts)), stats.chi2.sf(spread, len(counts))))
 
 
 def _variance_p(sizes: np.ndarray, patients: int, rate: float) -> float:
     """Of the mean square of many batch sizes about their mean, by the binomial's own fourth moment."""
     variance = patients * rate * (1 - rate)
-    fourth = variance * (1 + 3 * (patients - 2) * rate * (1 - rate))
-    found = np.square(sizes - patients * rate).mean()
-    deviation = (found - variance) / sqrt((fourth - variance**2) / len(sizes))
-    return float(2 * stats.norm.sf(abs(deviation)))
+    spread = variance * (1 + (2 * patients - 6) * rate * (1 - rate))  # fourth moment less variance squared
+    found = float(np.square(sizes - patients * rate).mean())
+    if spread < 1e-12:  # everybody in every step, or one patient with a fair coin: the square is certain
+        return float(abs(found - variance) < 1e-9)
+    return float(2 * stats.norm.sf(abs(found - variance) / sqrt(spread / len(sizes))))
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,12 @@ class SegmentationTask(PrivateTask):
         self._whole = held is not None and cut == len(network.encoder.blocks)
         self._held = _finished(network, held) if held is not None and self._whole else held
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the table: crops, masks, and the features of its own, bytes."""
+        own = 0 if self._held is None else self._held.hidden.nbytes
+        return self._crops.images.nbytes + self._crops.masks.nbytes + own
+
     def inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Crops, masks and what is held of them."""
         table = self._crops.images[rows], self._crops.masks[rows]

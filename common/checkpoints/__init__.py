@@ -81,7 +81,8 @@ def imported_names() -> list[str]:
     )
 
 
-def _folder_of(name: str) -> Path:
+def folder_of(name: str) -> Path:
+    """Where the model lies. Raises ``ArtefactError`` for an unknown name."""
     for folder in [FOLDER, *teacher_folders()] if NAME.fullmatch(name) else []:
         if all((folder / f"{name}.{suffix}").exists() for suffix in ("json", "safetensors")):
             return folder
@@ -95,7 +96,7 @@ def _folder_of(name: str) -> Path:
 @lru_cache(maxsize=16)
 def card(name: str) -> dict[str, Any]:
     """The model card. Raises ``ArtefactError`` for an unknown name or weights that are not the card's."""
-    folder = _folder_of(name)
+    folder = folder_of(name)
     weights = folder / f"{name}.safetensors"
     try:
         found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
@@ -127,7 +128,7 @@ def load_tensors(name: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     card(name)
-    weights = _folder_of(name) / f"{name}.safetensors"
+    weights = folder_of(name) / f"{name}.safetensors"
     return {key: value.float() for key, value in load_file(weights).items()}
 
 

@@ -52,7 +52,7 @@ def epsilon(
     releases = gathered(events)
     if not all(event.noised for event in releases):
         return math.inf
-    return float(_composed(releases, neighbouring, interval).get_epsilon_for_delta(delta))
+    return _epsilon(releases, delta, neighbouring, interval)
 
 
 def quick_epsilon(events: Iterable[Event], delta: float) -> float:
@@ -138,6 +138,12 @@ def check_delta(delta: float, patients: int | None = None) -> None:
             f"delta {delta:g} is not below 1 / patients = {1 / patients:g}: it would allow to publish one "
             f"patient outright. Use {1e-5 if patients < 1e5 else 0.1 / patients:g}"
         )
+
+
+@lru_cache(maxsize=1024)
+def _epsilon(events: tuple[Event, ...], delta: float, neighbouring: Neighbouring, interval: float) -> float:
+    """Of `gathered` events: a ledger asks for the same figure at each of its entries."""
+    return float(_composed(events, neighbouring, interval).get_epsilon_for_delta(delta))
 
 
 @lru_cache(maxsize=64)

@@ -165,17 +165,21 @@ def key_command(path: Path) -> None:
 @click.option(
     "--ledger-head", multiple=True, help="A head hash that somebody else has seen; may be repeated."
 )
+@click.option(
+    "--witness", "witnesses", type=FILE, multiple=True,
+    help="Heads that the server (state/ledger-heads.jsonl) or another site (witnessed.jsonl) has kept.",
+)  # fmt: skip
 @AS_JSON
 def verify_command(bundle: Path, as_json: bool, **options: Any) -> None:
     """Recompute a site's record from its files, offline; exits with 22 if it does not hold.
 
     \b
     Example:
-      wardround privacy verify --bundle site.zip --officer-key officer.key.pub --ledger-head 9f3c...
+      wardround privacy verify --bundle site.zip --officer-key officer.key.pub --witness ledger-heads.jsonl
     """
     from common.errors import VerificationFailed
 
-    found = _verified(bundle, options["policy"], options["officer_key"], options["ledger_head"])
+    found = _verified(bundle, options)
     if as_json:
         print_json(found.to_json())
     else:
@@ -185,15 +189,15 @@ def verify_command(bundle: Path, as_json: bool, **options: Any) -> None:
         raise VerificationFailed("the record does not hold", found.faults)
 
 
-def _verified(
-    bundle: Path, policy: Path | None, officer_key: Path | None, heads: tuple[str, ...]
-) -> Findings:
+def _verified(bundle: Path, options: dict[str, Any]) -> Findings:
     from common.errors import ArtefactError, VerificationFailed
     from common.privacy.bundle import read_bundle
     from common.privacy.keys import read_public_key
     from common.privacy.policy import POLICY, SIGNATURE_SUFFIX, signature_path
     from common.privacy.verify import Evidence, verify
+    from common.privacy.witness import read_heads
 
+    policy, officer_key = options["policy"], options["officer_key"]
     try:
         files = read_bundle(bundle)
     except ArtefactError as error:
@@ -205,7 +209,8 @@ def _verified(
         except OSError as error:
             raise ArtefactError(f"{policy} or its signature cannot be read ({error.strerror})") from error
     officer = read_public_key(officer_key) if officer_key is not None else None
-    return verify(files, Evidence(officer, heads))
+    heads = [head for path in options["witnesses"] for head in read_heads(path)]
+    return verify(files, Evidence(officer, options["ledger_head"], heads))
 
 
 def _finding_lines(found: Findings) -> list[str]:

@@ -56,7 +56,7 @@ class Event:
 
     def of_group(self, size: int) -> Event:
         """The same releases as a person with ``size`` records in them meets them."""
-        return replace(self, group_size=self.group_size * size)
+        return self if size == 1 else replace(self, group_size=self.group_size * size)
 
     def triple(self) -> list[float | int]:
         """As the ledger writes it: noise_multiplier, sample_rate, count."""
@@ -100,6 +100,6 @@ def gathered(events: Iterable[Event]) -> tuple[Event, ...]:
     So the epsilon of a run does not depend on how often it was interrupted or in which order it was booked.
     """
     counts: Counter[Event] = Counter()
-    for event in events:
-        counts[replace(event, count=1)] += event.count
+    for event, times in Counter(events).items():
+        counts[replace(event, count=1)] += event.count * times
     return tuple(replace(kind, count=count) for kind, count in sorted(counts.items()) if count)

@@ -21,6 +21,7 @@ from common.errors import ArtefactError, BudgetExceeded, PolicyRefusal
 from common.privacy.budget import Caps, Histories, Spend, booked_epsilon, settled
 from common.privacy.entries import (
     NO_ENTRY,
+    SPENDING,
     Cohort,
     Context,
     Entry,
@@ -30,9 +31,11 @@ from common.privacy.entries import (
     sealed,
 )
 from common.privacy.events import Event, gathered
+from common.privacy.heads import SignedHead
 from common.privacy.journal import LEDGER, Head, Journal
 from common.privacy.keys import NEXT_KEY, SiteKeys, create_key, public_key, sign
 from common.privacy.members import Members, Moves
+from common.privacy.witness import ROLLED_BACK, chain_keys, heads_of, witness_faults
 
 RECEIPTS = "receipts.jsonl"
 REPORTED_DELTAS = (1e-3, 1e-5)
@@ -101,8 +104,37 @@ class Ledger:
             ledger._journal.load()
         missing = set(witnesses) - {entry.hash for entry in ledger.entries}
         if missing:
-            raise LedgerBroken("the ledger lacks an entry that a witness has seen: it was cut or rolled back")
+            raise LedgerBroken(ROLLED_BACK)
         return ledger
+
+    def refresh(self, caps: Caps) -> None:
+        """Go on with ``caps``, and with the entries as they are on the disk now.
+
+        What was checked before is compared byte for byte, what was appended since is checked.
+
+        Raises:
+            LedgerBroken: if it does not hold, or is another than it was.
+        """
+        self.caps = caps
+        with self._journal.locked():
+            self._journal.load()
+
+    def check_witnessed(self, site: str, heads: Iterable[SignedHead]) -> None:
+        """Every head of this ledger, or of ``site`` by whatever key, is in the chain; others are passed over.
+
+        Args:
+            heads: whose signatures hold.
+
+        Raises:
+            LedgerBroken: one is not: the ledger was cut, rolled back or exchanged.
+        """
+        own = heads_of(site, chain_keys(self.entries), heads)
+        if faults := witness_faults(self.entries, own):
+            raise LedgerBroken("; ".join(faults))
+
+    def signed_head(self, site: str) -> SignedHead:
+        """The newest entry, for others to keep."""
+        return SignedHead.sign(site, (self.head.seq, self.head.hash), self._journal.keys.signer)
 
     @property
     def entries(self) -> list[Entry]:
@@ -248,12 +280,19 @@ class Ledger:
             epsilon_after={},
             detail={**rest.get("detail", {}), **receipts_anchor(self.folder)},
         )
-        trial = self.histories.copy()
-        trial.apply(entry)
-        after = {f"{delta:g}": booked_epsilon(trial.most(delta)) for delta in self._deltas()}
-        entry = sealed(replace(entry, epsilon_after=after), self._journal.keys.signer)
+        entry = sealed(replace(entry, epsilon_after=self._after(entry)), self._journal.keys.signer)
         self._journal.append(entry)
         return entry
+
+    def _after(self, entry: Entry) -> dict[str, float | None]:
+        """Epsilon with ``entry`` in the ledger, at each of the deltas."""
+        named, last = [f"{delta:g}" for delta in self._deltas()], self.entries[-1:]
+        changes = entry.cohort.classes or entry.cohort.parents or entry.type in SPENDING
+        if last and not changes and set(last[0].epsilon_after) == set(named):
+            return last[0].epsilon_after  # of the same histories
+        trial = self.histories.copy()
+        trial.apply(entry)
+        return {name: booked_epsilon(trial.most(float(name))) for name in named}
 
     def _now(self) -> datetime:
         """Never before the last entry, whatever the clock does within a transaction."""

@@ -35,8 +35,9 @@ BANDS = (
 BEYOND = "not a meaningful bound on membership; reconstruction argument only"
 NOISE_TABLE = (0.6, 0.8, 1.0, 1.5, 2.0, 3.0)
 ROUNDS_TABLE = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the rounds asked for
-# Patients (with all sites together) below which DP kept less than 70 % of the gain, on phantoms only.
+# Patients a site, of three sites, below which DP kept less than 70 % of the gain, on phantoms only.
 ENOUGH_PATIENTS = ((8.0, 400), (3.0, 800), (1.0, 1600))
+MOST_LOCAL_STEPS = 2  # in a round: on phantoms more of them cost more Dice than the noise did
 MAX_TABLE_EPSILON = 100.0
 
 
@@ -182,8 +183,14 @@ def warnings(question: Question, plan: PrivacyPlan) -> list[str]:
     )
     if needed is not None and plan.patients < needed:
         found.append(
-            f"On phantoms, runs of this epsilon with fewer than {needed} patients in all kept less than 70 % "
-            "of what training without noise gains. For real images that is unknown: rehearse."
+            f"On phantoms, runs of this epsilon with fewer than {needed} patients a site (of three) kept "
+            "less than 70 % of what training without noise gains. For real images it is unknown: rehearse."
+        )
+    if question.steps_per_round > MOST_LOCAL_STEPS:
+        found.append(
+            f"{question.steps_per_round} noised steps a round: on phantoms more than {MOST_LOCAL_STEPS} "
+            "local steps cost more Dice than the noise did. Epsilon counts steps, not rounds: take one step "
+            "a round (--steps 1) and as many more rounds; wardround's own private runs do."
         )
     if question.delta > 0.1 / question.patients:
         found.append(f"delta is above a tenth of 1 / patients: {0.1 / question.patients:.0e} is customary.")

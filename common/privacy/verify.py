@@ -20,6 +20,7 @@ from common.privacy.bundle import CHECKPOINT
 from common.privacy.checkpoint import read_checkpoint
 from common.privacy.entries import Entry, EntryType, LedgerBroken, chain_faults
 from common.privacy.events import Event
+from common.privacy.heads import SignedHead
 from common.privacy.journal import HEAD, LEDGER, check_head, head_of, read_head, read_lines
 from common.privacy.ledger import RECEIPTS, covers
 from common.privacy.plan import PrivacyPlan
@@ -33,6 +34,7 @@ from common.privacy.policy import (
     policy_from,
 )
 from common.privacy.receipts import read_receipts, receipt_faults
+from common.privacy.witness import ROLLED_BACK, chain_keys, heads_of, witness_faults
 from common.strict_json import parse_strictly
 
 TOLERANCE = 1e-6  # relative: what two machines' arithmetic may differ by
@@ -40,10 +42,16 @@ TOLERANCE = 1e-6  # relative: what two machines' arithmetic may differ by
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the verifier is given besides the site's files."""
+    """What the verifier is given besides the site's files.
+
+    Attributes:
+        witnessed: hashes of heads that somebody has seen.
+        heads: signed ones, of whatever ledgers (`common.privacy.witness.read_heads`).
+    """
 
     officer_public: str | None = None
     witnessed: Sequence[str] = ()
+    heads: Sequence[SignedHead] = ()
 
 
 @dataclass
@@ -138,11 +146,18 @@ def _witnesses(
     heads = list(evidence.witnessed)
     if CHECKPOINT in files and evidence.officer_public is not None:
         heads.append(read_checkpoint(files[CHECKPOINT].decode("utf-8"), evidence.officer_public).hash)
+    own = heads_of(str(entries[0].detail.get("site")), chain_keys(entries), evidence.heads)
+    faults = dict.fromkeys(witness_faults(entries, own))
     if any(head not in seen for head in heads):
-        found.faults.append("the ledger lacks an entry that a witness has seen: it was cut or rolled back")
-    if not heads:
+        faults[ROLLED_BACK] = None
+    found.faults += faults
+    if not heads and not own:
         found.cautions.append("unwitnessed: without a head that others have seen, a cut cannot be told")
-    found.facts["witnessed"] = bool(heads)
+    if evidence.heads and not own:
+        found.cautions.append("the witness names no head of this ledger")
+    found.facts["witnessed"] = bool(heads or own)
+    if own:
+        found.facts["witnessed_seq"] = max(head.seq for head in own)
 
 
 def _policy_over_time(entries: Sequence[Entry], policy: Policy | None, found: Findings) -> None:
@@ -285,7 +300,8 @@ def _payloads(
 def _audits(entries: Sequence[Entry], found: Findings) -> None:
     audits = [entry for entry in entries if entry.type is EntryType.audit]
     for entry in audits:
-        if entry.detail["kind"] == "artefact" and entry.detail["lower"] > entry.detail["upper"]:
+        upper = entry.detail["upper"] if entry.detail["kind"] == "artefact" else None
+        if upper is not None and entry.detail["lower"] > upper:  # None: nothing is claimed of it
             found.faults.append(f"entry {entry.seq}: an audit found more than the claimed epsilon")
     first = next((entry.seq for entry in entries if entry.type is EntryType.reserve), None)
     rehearsed = [a.seq for a in audits if a.detail["kind"] == "rehearsal" and a.detail["passed"] is True]

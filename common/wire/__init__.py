@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -33,6 +33,7 @@ from common.canonical import canonical_json
 from common.errors import ArtefactError
 from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
 from common.plan import Round, RunPlan, Stage
+from common.privacy.heads import MOST_HEADS, SignedHead, without_empty_head
 from common.strict_json import read_strictly
 from common.style import StyleSummary
 from common.wire.tensors import NAME, decode_adapter, put_adapter
@@ -75,7 +76,7 @@ class StudentRequest:
 
 
 def encode_proposal(order: Round, plan: RunPlan) -> Content:
-    return RecordDict({"order": _write(asdict(order)), "body": _write(asdict(plan))})
+    return RecordDict({"order": _order(order), "body": _write(asdict(plan))})
 
 
 def decode_proposal(content: Content) -> RunPlan:
@@ -84,7 +85,7 @@ def decode_proposal(content: Content) -> RunPlan:
 
 def encode_request(order: Round, adapter: Adapter | None = None) -> Content:
     """An order, with the adapter to work from unless the stage needs none (``query.style``)."""
-    content = RecordDict({"order": _write(asdict(order))})
+    content = RecordDict({"order": _order(order)})
     if adapter is not None:
         put_adapter(content, "adapter", adapter)
     return content
@@ -94,6 +95,8 @@ def decode_order(content: Content) -> Round:
     order = _read(content, "order", Round)
     if len(order.notice) > MAX_NOTICE:
         raise ArtefactError(f"an order's notice has more than {MAX_NOTICE} characters")
+    if len(order.heads) > MOST_HEADS:
+        raise ArtefactError(f"an order names more than {MOST_HEADS} ledger heads")
     return order
 
 
@@ -119,8 +122,9 @@ def encode_update(order: Round, update: AdapterUpdate) -> Content:
     body = {
         "nonce": order.nonce, "weight": update.weight, "started_from": update.started_from,
         "mechanism": update.mechanism, "losses": losses,
+        "ledger_head": None if update.ledger_head is None else asdict(update.ledger_head),
     }  # fmt: skip
-    content = RecordDict({"body": _write(body)})
+    content = RecordDict({"body": _write(without_empty_head(body))})
     put_adapter(content, "adapter", update.adapter)
     return content
 
@@ -132,6 +136,7 @@ class _UpdateBody:
     started_from: str
     mechanism: str
     losses: list[float | None]
+    ledger_head: SignedHead | None = None
 
 
 def decode_update(content: Content) -> tuple[str, AdapterUpdate]:
@@ -140,12 +145,19 @@ def decode_update(content: Content) -> tuple[str, AdapterUpdate]:
     if len(body.losses) != 2 or not NAME.fullmatch(body.mechanism):
         raise ArtefactError("an update's numbers are malformed")
     first, last = (math.nan if loss is None else loss for loss in body.losses)
-    adapter = decode_adapter(content)
-    return body.nonce, AdapterUpdate(adapter, body.weight, body.started_from, body.mechanism, (first, last))
+    update = AdapterUpdate(
+        adapter=decode_adapter(content),
+        weight=body.weight,
+        started_from=body.started_from,
+        mechanism=body.mechanism,
+        losses=(first, last),
+        ledger_head=body.ledger_head,
+    )
+    return body.nonce, update
 
 
 def encode_answer(answer: PlanAnswer) -> Content:
-    return RecordDict({"body": _write(asdict(answer))})
+    return RecordDict({"body": _write(without_empty_head(asdict(answer)))})
 
 
 def decode_answer(content: Content) -> PlanAnswer:
@@ -155,13 +167,13 @@ def decode_answer(content: Content) -> PlanAnswer:
     if answer.agrees:
         if not NAME.fullmatch(answer.preset):
             raise ArtefactError("a site agrees to a plan and does not say what it will train")
-        return PlanAnswer(answer.site, True, answer.plan_sha256, preset=answer.preset, rank=answer.rank)
+        return replace(answer, code="", field="")
     kept = _safe_refusal(answer.code, answer.field)
     return PlanAnswer(answer.site, False, answer.plan_sha256, kept.code, kept.field)
 
 
 def encode_numbers(numbers: StyleSummary | StudentNote | SiteMetrics) -> Content:
-    return RecordDict({"body": _write(asdict(numbers))})
+    return RecordDict({"body": _write(without_empty_head(asdict(numbers)))})
 
 
 def decode_style(content: Content) -> StyleSummary:
@@ -221,6 +233,12 @@ def unpack_content(packed: bytes) -> Content:
 
 
 # ---- numbers ------------------------------------------------------------------------------------
+
+
+def _order(order: Round) -> ConfigRecord:
+    """Without its heads where there are none: a run without privacy knows nothing of them."""
+    body = asdict(order)
+    return _write(body if order.heads else {name: value for name, value in body.items() if name != "heads"})
 
 
 def _write(value: Mapping[str, Any]) -> ConfigRecord:

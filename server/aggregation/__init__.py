@@ -40,7 +40,7 @@ def build_rule(config: AggregationConfig, momentum: float = 0.0) -> AggregationR
     """The rule that ``config`` names, not yet started.
 
     Args:
-        momentum: of the mean step of dense tensors, at least 0 and below 1.
+        momentum: of the mean step of dense tensors, and of B under `ffa`; at least 0 and below 1.
 
     Raises:
         ConfigError: if no rule has that name, or if a setting of it is out of its range.

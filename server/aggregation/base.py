@@ -52,7 +52,7 @@ class AggregationRule(ABC):
 
     def __init__(self, config: AggregationConfig) -> None:
         self.config = config
-        self.momentum = Momentum()  # of dense tensors; set before `start` or `restore`
+        self.momentum = Momentum()  # of dense tensors (and B of `ffa`); set before `start` or `restore`
         self._initial: Adapter | None = None
         self._shares: dict[str, Share] = {}
         self._whole: Share | None = None
@@ -182,8 +182,12 @@ class AggregationRule(ABC):
                 "no site's update was folded in this round, so there is nothing to aggregate"
             )
         total = math.fsum(weights.values())
-        error, norm = self._close_layers(total)
-        self.momentum.next_round()
+        before, self.momentum = self.momentum, self.momentum.next_round()
+        try:
+            error, norm = self._close_layers(total)
+        except BaseException:
+            self.momentum = before
+            raise
         self._dense = {name: self._next_dense(name, part / total) for name, part in self._dense_sums.items()}
         self._round = None
         self._dense_sums = {}
@@ -314,11 +318,14 @@ class AggregationRule(ABC):
 
         With momentum it is the move that follows from the mean step, in place of that step.
         """
-        kept = self._dense[name]
+        return self._moved(name, self._dense[name], mean).to(self._dense[name].dtype)
+
+    def _moved(self, name: str, kept: Tensor, mean: Tensor) -> Tensor:
+        """Where a tensor goes, float64, that is ``kept`` here, was sent rounded and came back as ``mean``."""
         sent = self._sendable(kept).double()
         if not self.momentum.factor:
-            return (mean + (kept.double() - sent)).to(kept.dtype)
-        return (kept.double() + self.momentum.move(name, mean - sent)).to(kept.dtype)
+            return mean + (kept.double() - sent)
+        return kept.double() + self.momentum.move(name, mean - sent)
 
     def _adapter(self, share: Share) -> Adapter:
         initial = self._started

@@ -41,6 +41,16 @@ class FactorMeanRule(AggregationRule):
     def _next_factors(self, layer: str, means: Means) -> tuple[Tensor, Tensor]:
         """The layer's next A (r, in) and B (out, r), of any float type."""
 
+    def _means(self, layer: str, total: float) -> Means:
+        """Of the replies of this round, whose weights sum to ``total``."""
+        names = f"{layer}.lora_A", f"{layer}.lora_B"
+        a, b = (self._sums[name] / total for name in names)
+        return Means(a, b, self._products[layer] / total)
+
+    def _to_keep(self, name: str, half: Tensor) -> Tensor:
+        """What is kept of the next factor ``name``: what goes down of it."""
+        return self._sendable(half)
+
     def _folded(self, layer: str) -> Components:
         """What the sites were last told to fold."""
         return initial_fold(self._started, layer)
@@ -56,8 +66,12 @@ class FactorMeanRule(AggregationRule):
         self._factor = {name: t.clone() for name, t in initial.tensors.items() if ".lora_" in name}
 
     def _factors(self, layer: str, share: Share) -> dict[str, Tensor]:
-        factors = {suffix: self._factor[f"{layer}.{suffix}"].clone() for suffix in ("lora_A", "lora_B")}
-        return factors | self._folded(layer).folded()
+        return self._as_sent(layer) | self._folded(layer).folded()
+
+    def _as_sent(self, layer: str) -> dict[str, Tensor]:
+        """Both factors as they go down; never aliases."""
+        suffixes = ("lora_A", "lora_B")
+        return {suffix: self._sendable(self._factor[f"{layer}.{suffix}"]).clone() for suffix in suffixes}
 
     def _open_layers(self) -> None:
         self._sums = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in self._factor.items()}
@@ -74,27 +88,27 @@ class FactorMeanRule(AggregationRule):
     def _fold_standing(self, votes: float) -> None:
         super()._fold_standing(votes)
         for layer in self._products:
-            a, b = self._factor[f"{layer}.lora_A"], self._factor[f"{layer}.lora_B"]
-            self._fold_layer(layer, a.double(), b.double(), votes)
+            sent = self._as_sent(layer)
+            self._fold_layer(layer, sent["lora_A"].double(), sent["lora_B"].double(), votes)
 
     def _fold_step(self, name: str, step: Tensor, votes: float) -> None:
         layer, _, half = name.rpartition(".")
         self._sums[name].add_(step, alpha=votes)
-        halves = {suffix: self._factor[f"{layer}.{suffix}"].double() for suffix in ("lora_A", "lora_B")}
+        halves = {suffix: sent.double() for suffix, sent in self._as_sent(layer).items()}
         halves[half] = step  # the other half is as sent
         self._products[layer].addmm_(halves["lora_B"], halves["lora_A"], alpha=votes)
 
     def _close_layers(self, total: float) -> tuple[float, float]:
         factors: dict[str, Tensor] = {}
         error = norm = 0.0
-        for layer, product in self._products.items():
+        for layer in self._products:
             names = f"{layer}.lora_A", f"{layer}.lora_B"
-            means = Means(self._sums[names[0]] / total, self._sums[names[1]] / total, product / total)
+            means = self._means(layer, total)
             a, b = (
-                self._sendable(half.to(self._factor[name].dtype)).contiguous()
+                self._to_keep(name, half.to(self._factor[name].dtype)).contiguous()
                 for name, half in zip(names, self._next_factors(layer, means), strict=True)
             )
-            gap = means.product - b.double() @ a.double()
+            gap = means.product - self._sendable(b).double() @ self._sendable(a).double()
             before = self._folded(layer).change()
             moved = self._next_folded(layer, means, gap).change() - before
             error += float((moved - gap).square().sum())

@@ -26,9 +26,11 @@ class Momentum:
         self._rounds = 0
         self._velocity: dict[str, Tensor] = {}
 
-    def next_round(self) -> None:
-        """Every tensor then moves once."""
-        self._rounds += 1
+    def next_round(self) -> Momentum:
+        """What it is in the next round, in which every tensor moves once; itself stays as it was."""
+        after = Momentum(self.factor)
+        after._rounds, after._velocity = self._rounds + 1, dict(self._velocity)
+        return after
 
     def move(self, name: str, step: Tensor) -> Tensor:
         """By how much ``name`` moves, whose mean step (float64) is ``step``; once a round."""

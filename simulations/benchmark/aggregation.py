@@ -36,6 +36,7 @@ from client.app import app as client_app
 from client.deadline import Deadline
 from common import progress
 from common.adapter import Adapter
+from common.code_digest import code_sha256
 from common.config import load_recipe
 from common.errors import UsageError, WardroundError
 from common.plan import Stage, rebuild
@@ -53,7 +54,6 @@ from common.tuning.presets import rank_of, sends_a
 from server.collect import Collector
 from server.events import EventLog
 from server.phases import Walk
-from server.planning import code_sha256
 from simulations.benchmark.pool import Pool
 from simulations.loopback import Courier, LoopbackGrid, environment, task_identity
 from simulations.results import spread

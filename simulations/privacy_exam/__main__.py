@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import click
 
-from simulations.privacy_exam import accounting, ledger, record
+from simulations.privacy_exam import accounting, audit, ledger, record
 from simulations.privacy_exam.verdict import Verdict
 
 ITEMS: dict[str, Callable[[], Verdict]] = {
@@ -27,6 +27,10 @@ ITEMS: dict[str, Callable[[], Verdict]] = {
     "22": lambda: ledger.item_22(4.0),
     "23": ledger.item_23,
     "24": record.item_24,
+    "27": lambda: audit.item_27(500),
+    "28": lambda: audit.item_28(1000),
+    "29": lambda: audit.item_29(20),
+    "31": lambda: audit.item_31(200),
     "36": record.item_36,
 }
 

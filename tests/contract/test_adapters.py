@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from common import checkpoints
+from common import checkpoints, public_factors
 from common.decoder import MaskDecoder
 from common.errors import ConfigError
 from common.recipe import DecoderTraining, TeacherConfig
@@ -237,4 +237,5 @@ def test_the_card_leaves_out_presets_that_the_encoder_cannot_have(monkeypatch: p
     config = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
     card = dict(checkpoints.card("ward-sam-tiny")) | {"encoder": {"family": "dinov2", "config": config}}
     monkeypatch.setattr(checkpoints, "card", lambda _: card)
+    monkeypatch.setattr(public_factors, "missing", lambda _: True)
     assert set(teacher_info("ward-sam-tiny")["presets"]) == set(PRESETS) - {"fused"}

@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from client.witnesses import WITNESSED
+from common.adapter import Adapter
+from common.canonical import canonical_json
+from common.plan import RunPlan
 from common.privacy.accounting import epsilon
 from common.privacy.events import Event
-from common.privacy.journal import read_lines
+from common.privacy.journal import HEAD, LEDGER, read_lines
+from common.privacy.witness import read_heads
+from server.witness import HEADS_FILE
 from tests.e2e import walks
 
 STEPS = 3
@@ -29,6 +35,7 @@ def test_a_private_run_is_booked_reported_and_verified(elsewhere: Path) -> None:
         assert 0 <= entry.epsilon - spent <= 1e-6
         kinds = [str(one.type) for one in read_lines((run / "sites" / site / "ledger.jsonl").read_bytes())]
         assert (kinds.count("RESERVE"), kinds.count("COMMIT")) == (STEPS, STEPS)
+        assert kinds.index("AUDIT") < kinds.index("RESERVE"), "rehearsed before the first step"
     assert {entry.mechanism for entry in report.egress} == {"dp_sgd", "public"}
     assert all((entry.epsilon_after is not None) == (entry.mechanism == "dp_sgd") for entry in report.egress)
     assert all(record.losses.get("east", []) == [] for record in report.rounds)
@@ -40,6 +47,7 @@ def test_a_private_run_is_booked_reported_and_verified(elsewhere: Path) -> None:
     assert "NO GUARANTEE" not in page
     _the_officers_page(run, spent)
     _verified_and_then_not(run / "sites" / "east")
+    _witnessed_by_server_and_peer(run)
     resumed = walks.invoke("simulate", "smoke", "--out", "run", "--resume", *PRIVATE)
     assert resumed.exit_code == 0, resumed.output
     assert walks.report_of(run).privacy["west"].epsilon == report.privacy["west"].epsilon
@@ -59,6 +67,24 @@ def _the_officers_page(run: Path, spent: float) -> None:
         assert document["federation"]["sites"] == ["east", "west"]
 
 
+def test_a_private_run_of_b_alone_keeps_the_public_a_and_is_verified(elsewhere: Path) -> None:
+    """Factors at the encoder beside the decoder's head: A is to the end what the plan names."""
+    chosen = ("teacher.adapter=dp", "teacher.decoder=head", "aggregation.rule=ffa", "baselines=[]")
+    done = walks.invoke("simulate", "smoke", "--out", "run", *PRIVATE, *chosen)
+    assert done.exit_code == 0, done.output
+    assert walks.report_of(elsewhere / "run").privacy["west"].guarantee
+    for site in ("east", "west"):
+        verified = walks.invoke("privacy", "verify", "--bundle", f"run/sites/{site}", "--json")
+        assert verified.exit_code == 0
+        assert json.loads(verified.stdout)["egress"]["without_mechanism"] == 0
+        plan = RunPlan.from_json((elsewhere / "run" / "sites" / site / "plan.json").read_text())
+        taught = Adapter.load(elsewhere / "run" / "teacher" / "adapter.safetensors")
+        assert taught.a_sha256 == plan.variants[0].a_sha256 != ""
+        assert any(t.any() for name, t in taught.tensors.items() if name.endswith(".lora_B"))
+    listed = json.loads(walks.invoke("teacher", "info", "ward-sam-tiny", "--json").stdout)["presets"]["dp"]
+    assert listed["a_matrix_sha256"]["4"] == taught.a_sha256
+
+
 def _verified_and_then_not(site: Path) -> None:
     """The record holds as the run left it, and one flipped byte of the ledger is enough that it does not."""
     assert walks.invoke("privacy", "verify", "--bundle", site).exit_code == 0
@@ -70,3 +96,29 @@ def _verified_and_then_not(site: Path) -> None:
     ledger.write_bytes(whole)
     found = json.loads(walks.invoke("privacy", "verify", "--bundle", site, "--json").stdout)
     assert found["egress"]["without_mechanism"] == 0
+
+
+def _witnessed_by_server_and_peer(run: Path) -> None:
+    """Both have a head of each site; with it, a ledger put back to an older state does not hold."""
+    east, server = run / "sites" / "east", run / "state" / HEADS_FILE
+    assert [head.site for head in read_heads(server)] == ["east", "west"]
+    assert [head.site for head in read_heads(run / "sites" / "west" / WITNESSED)] == ["east"]
+    shown = walks.invoke("privacy", "verify", "--bundle", east)
+    assert "unwitnessed" in shown.stdout
+    for witness in (server, run / "sites" / "west" / WITNESSED):
+        shown = walks.invoke("privacy", "verify", "--bundle", east, "--witness", witness)
+        assert shown.exit_code == 0
+        assert "unwitnessed" not in shown.stdout
+    whole = {name: (east / name).read_bytes() for name in (LEDGER, HEAD)}
+    lines = whole[LEDGER].splitlines(keepends=True)[:-4]
+    last = json.loads(lines[-1])
+    (east / LEDGER).write_bytes(b"".join(lines))
+    (east / HEAD).write_text(canonical_json({"seq": last["seq"], "hash": last["hash"]}))
+    shown = walks.invoke("privacy", "verify", "--bundle", east, "--witness", server)
+    assert shown.exit_code == 22
+    assert "cut or rolled back" in shown.output
+    resumed = walks.invoke("simulate", "smoke", "--out", "run", "--resume", *PRIVATE)
+    assert resumed.exit_code == 30, "west alone is one site too few"
+    assert "east: REFUSED_LEDGER" in resumed.output
+    for name, data in whole.items():
+        (east / name).write_bytes(data)

@@ -23,6 +23,7 @@ from common.errors import DataError, DeadlinePassed, PolicyRefusal
 from common.guard_api import Metric, PlanAnswer, SiteCounts, SiteMetrics, StudentNote
 from common.plan import Round, RunPlan, Stage
 from common.precision import pack, unpack
+from common.privacy.heads import SignedHead
 from common.recipe import GeneratorScope, Recipe
 from common.seeding import derive_seed
 from common.style import STYLE_BOUNDS, StyleGroup, StyleSummary
@@ -195,6 +196,7 @@ TAMPER: dict[str, Callable[[AdapterUpdate], AdapterUpdate]] = {
     "stale": lambda update: replace(update, started_from="ef" * 32),
     "heavy": lambda update: replace(update, weight=1e9),
     "far": lambda update: _with(update, decoder__head__weight=head(60.0)),
+    "headed": lambda update: replace(update, ledger_head=SignedHead("a", 1, "a" * 64, "b" * 64, "c" * 128)),
     "huge": lambda update: _with(update, decoder__head__weight=head(1e9)),
 }
 

@@ -106,7 +106,7 @@ def test_a_private_round_is_reserved_then_committed_and_its_record_holds(home: P
         size = sum(tensor.nbytes for tensor in update.adapter.tensors.values())
         assert (committed.sha256, committed.bytes) == (update.adapter.digest, size)
     kinds = [str(entry.type) for entry in entries(home)]
-    assert kinds == ["GENESIS", "PLAN", "CHECKPOINT", "RESERVE", "COMMIT", "RESERVE", "COMMIT"]
+    assert kinds == ["GENESIS", "AUDIT", "PLAN", "CHECKPOINT", "RESERVE", "COMMIT", "RESERVE", "COMMIT"]
     reserved = entries(home, EntryType.reserve)
     assert [entry.events for entry in reserved] == [[[1.5, 0.5, 1]]] * plan.rounds
     assert [entry.cohort.classes for entry in reserved] == [{"c0": DECLARED}] * plan.rounds

@@ -103,6 +103,7 @@ def test_the_mean_of_the_sites_is_what_comes_out(tmp_path: Path) -> None:
         ("stale", "started from another adapter than it was sent"),
         ("heavy", "a weight above the cap"),
         ("huge", "values of an absurd size"),
+        ("headed", "a ledger head in a run without privacy"),
         ("far", "a change far larger than the others'"),
     ],
 )

@@ -130,6 +130,14 @@ def lora_task(encoder: Backbone, last: int | None = None, train_a: bool = True) 
     )
 
 
+def b_alone_task() -> SegmentationTask:
+    """Factor B alone, at a whole encoder and at the decoder's convolutions."""
+    network = Teacher(sam(3), 1).eval()
+    encoder = [f"encoder.{name}" for name in network.encoder.layers(["qkv", "out"])]
+    with_lora(network, [*encoder, "decoder.project", "decoder.squeeze", "decoder.fine.0"], train_a=False)
+    return SegmentationTask(network, crops(), False)
+
+
 def decoder_task(cached: bool = True) -> SegmentationTask:
     """The whole decoder of a teacher whose encoder is frozen."""
     network = Teacher(sam(3), 1).eval().requires_grad_(False)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import gc
 import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
+import server.answers
 from common.adapter import Adapter, AdapterUpdate
 from common.errors import ArtefactError
 from server.answers import Answers
@@ -98,15 +99,37 @@ def test_a_second_answer_is_refused_and_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_named_with_what_to_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     answers = Answers(tmp_path)
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(ArtefactError, match="Free at least"):
         answers.add("a", update())
     assert answers.sites() == []
     assert not list(tmp_path.iterdir())
+
+
+def test_small_answers_stay_open_and_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, opened = Answers(tmp_path), []
+
+    def opening(path: Path, framework: str) -> object:
+        opened.append(path.stem)
+        return safe_open(path, framework=framework)
+
+    monkeypatch.setattr(server.answers, "safe_open", opening)
+    for site in ("a", "b"):
+        answers.add(site, update())
+    for _ in range(3):
+        answers.tensor("a", "head")
+    assert opened == ["a"]
+    monkeypatch.setattr(server.answers, "MOST_OPEN", 1)
+    for _ in range(2):
+        answers.tensor("b", "head")
+    assert opened == ["a", "b", "b"]
+    answers.drop("a")
+    answers.add("a", update(2))
+    assert answers.update("a").adapter.digest == update(2).adapter.digest
 
 
 def test_an_answer_that_was_damaged_is_named(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from common.backbones.base import Backbone
 from tests.unit.dp_tasks import (
     PATIENTS,
     TableTask,
+    b_alone_task,
     crops,
     decoder_task,
     diffusion_task,
@@ -37,6 +38,7 @@ SAME = 2e-6  # of a patient's gradient norm
 TASKS: dict[str, Callable[[], PrivateTask]] = {
     "windowed SAM": lambda: lora_task(sam(3)),
     "windowed SAM, B of the last block behind a prefix": lambda: lora_task(sam(3), 1, train_a=False),
+    "windowed SAM, B of every block and of convolutions": b_alone_task,
     "SAM without windows": lambda: lora_task(sam(0)),
     "DINOv2": lambda: lora_task(dino()),
     "SAM 2": lambda: lora_task(hiera()),

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.code_digest import code_sha256
 from common.plan import RunPlan, Stage
 from common.recipe import GeneratorScope, Recipe
-from server.planning import build_plan, code_sha256, first_adapters, run_stages
+from server.planning import build_plan, first_adapters, run_stages
 
 
 def test_the_same_recipe_is_the_same_plan(smoke_recipe: Recipe, smoke_plan: RunPlan) -> None:

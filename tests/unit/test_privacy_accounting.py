@@ -17,6 +17,7 @@ from common.privacy.accounting import epsilon, rdp_epsilon, tuned_epsilon
 from common.privacy.attacker import crude_rate, true_positive_rates
 from common.privacy.events import Event, Mechanism, gathered
 from common.privacy.plan import PlanSettings, PrivacyPlan, Sampling, Unit, calibrate
+from common.privacy.planner import Question, settle, warnings
 from simulations.privacy_exam import accounting as exam
 from tests.architecture.sources import ROOT, modules, name_of
 
@@ -177,3 +178,12 @@ def test_the_privacy_core_loads_no_torch() -> None:
     command = [sys.executable, "-c", script, *names]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_planner_warns_of_few_patients_and_of_many_local_steps() -> None:
+    question = Question(patients=200, batch=50, rounds=10, steps_per_round=8)
+    few, many = warnings(question, settle(question, None, 8.0))
+    assert "fewer than 400 patients a site" in few
+    assert many.startswith("8 noised steps a round")
+    enough = Question(patients=400, batch=100, rounds=80, steps_per_round=1)
+    assert warnings(enough, settle(enough, None, 8.0)) == []

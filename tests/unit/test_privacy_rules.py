@@ -17,6 +17,9 @@ NOT_COVERED = [
     (["teacher.adapter=base"], "teacher.adapter", "take teacher.adapter=decoder, or dp"),
     (["sites.west.adapter=norm"], "sites[1].adapter", "take teacher.adapter=decoder, or dp"),
     (["teacher.decoder=lora"], "teacher.decoder", "take full or head"),
+    (["teacher.adapter=dp"], "aggregation.rule", "take ffa"),
+    (["teacher.adapter=dp", "aggregation.rule=fedsvd"], "aggregation.rule", "take ffa"),
+    (["teacher.adapter=dp", "aggregation.rule=ffa", "teacher.rank=17"], "teacher.rank", "take 16 at most"),
     (["teacher.cached_views=8"], "teacher.cached_views", "leave it 0"),
     (["aggregation.rule=dual"], "aggregation.rule", "take exact_split"),
     (["generator.scope=federated"], "generator.scope", "take none"),
@@ -52,7 +55,8 @@ def test_a_site_without_phantoms_must_declare_its_patients() -> None:
 
 @pytest.mark.parametrize("adapter", ["decoder", "dp"])
 def test_a_private_plan_has_one_round_a_step(adapter: str) -> None:
-    plan = build_plan(load_recipe("smoke", [*PRIVATE, f"teacher.adapter={adapter}"]), "run")
+    chosen = [f"teacher.adapter={adapter}", "aggregation.rule=ffa"]
+    plan = build_plan(load_recipe("smoke", [*PRIVATE, *chosen]), "run")
     assert plan.rounds == 4
     assert plan.sites == ["east", "west"]
     assert Stage.evaluate in plan.stages

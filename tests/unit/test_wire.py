@@ -22,6 +22,7 @@ from common.foundation.layouts import encoder_config
 from common.guard_api import Metric, PlanAnswer, SiteCounts, SiteMetrics, StudentNote
 from common.plan import Round, RunPlan, Stage
 from common.precision import pack
+from common.privacy.heads import MOST_HEADS, SignedHead
 from common.recipe import DecoderTraining, TeacherConfig, WireDtype
 from common.style import StyleGroup, StyleSummary
 from common.teacher import Teacher
@@ -320,6 +321,44 @@ def test_a_notice_has_a_limit() -> None:
     assert wire.decode_order(wire.encode_request(order)) == order
     with pytest.raises(ArtefactError, match="notice"):
         wire.decode_order(wire.encode_request(replace(ORDER, notice=order.notice + "n")))
+
+
+HEADED = SignedHead("east", 3, "a" * 64, "b" * 64, "c" * 128)
+
+
+def test_ledger_heads_go_along_in_orders_and_in_every_answer() -> None:
+    order = replace(ORDER, heads=[HEADED, replace(HEADED, site="west")])
+    assert wire.decode_order(there_and_back(wire.encode_request(order))) == order
+    update = AdapterUpdate(SMALL, 3.0, "cd" * 32, ledger_head=HEADED)
+    assert wire.decode_update(there_and_back(wire.encode_update(ORDER, update)))[1].ledger_head == HEADED
+    answer = PlanAnswer("east", True, "ab" * 32, preset="lite", rank=4, ledger_head=HEADED)
+    assert wire.decode_answer(there_and_back(wire.encode_answer(answer))) == answer
+    metrics = SiteMetrics("east", SiteCounts(1, 1, 1, 0, 0), ledger_head=HEADED)
+    assert wire.decode_metrics(there_and_back(wire.encode_numbers(metrics))) == metrics
+
+
+def test_without_a_ledger_head_a_message_says_nothing_of_one() -> None:
+    update = AdapterUpdate(SMALL, 3.0, "cd" * 32)
+    answer = PlanAnswer("east", True, "ab" * 32, preset="lite", rank=4)
+    for content in (
+        wire.encode_request(ORDER), wire.encode_update(ORDER, update), wire.encode_answer(answer),
+        wire.encode_numbers(SiteMetrics("east", SiteCounts(1, 1, 1, 0, 0))),
+    ):  # fmt: skip
+        packed = wire.pack_content(content)
+        assert b"ledger_head" not in packed
+        assert b'"heads"' not in packed
+
+
+def test_an_order_names_no_more_heads_than_a_site_can_check() -> None:
+    order = replace(ORDER, heads=[HEADED] * (MOST_HEADS + 1))
+    with pytest.raises(ArtefactError, match="ledger heads"):
+        wire.decode_order(wire.encode_request(order))
+
+
+def test_a_head_of_another_form_is_refused() -> None:
+    content = wire.encode_request(replace(ORDER, heads=[replace(HEADED, seq=True)]))
+    with pytest.raises(ArtefactError, match="wrong type"):
+        wire.decode_order(content)
 
 
 def test_a_refused_message_is_not_repeated_in_the_reason() -> None:
