@@ -14,10 +14,12 @@ from scipy.stats import norm
 from common.canonical import canonical_json, sha256_of
 from common.privacy.budget import Caps
 from common.privacy.entries import Context, EntryType, Payload
+from common.privacy.heads import SignedHead
 from common.privacy.ledger import RECEIPTS, Ledger
 from common.privacy.plan import PlanSettings, PrivacyPlan
 from common.privacy.policy import read_policy
 from common.privacy.receipts import ReceiptLine
+from common.privacy.witness import write_heads
 from simulations.privacy_exam.site import make_site
 
 RUN_PLAN = {
@@ -39,9 +41,9 @@ def audited_site(folder: Path, officer: Ed25519PrivateKey) -> None:
     detail = {"kind": "artefact", "lower": 0.134, "upper": 1.2, "ceiling": 3.49}
     detail["sha256"] = sha256_of(artefact.encode())
     ledger.record(EntryType.audit, Context(run_id="run-1", plan_sha256="d" * 64), detail)
-    heads = [{"site": site, "seq": 7, "hash": sha256_of(site.encode())} for site in ("hill", "lake")]
-    lines = [json.dumps({**head, "public_key": "e" * 64, "sig": "f" * 128}) for head in heads]
-    (folder / "witnessed.jsonl").write_text("\n".join(lines) + "\n")
+    signer = Ed25519PrivateKey.generate()
+    heads = [SignedHead.sign(site, (7, sha256_of(site.encode())), signer) for site in ("hill", "lake")]
+    write_heads(folder / "witnessed.jsonl", heads)
     (folder / "plan.json").write_text(json.dumps(RUN_PLAN))
 
 

@@ -25,6 +25,7 @@ def _record_options(command: _Command) -> _Command:
             click.option("--run", help="The run's id; by default the newest."),
             click.option("--officer-key", type=FILE, help="The officer's public key."),
             click.option("--ledger-head", multiple=True, help="A head hash that somebody else has seen."),
+            click.option("--witness", "witnesses", type=FILE, multiple=True, help="Heads that others kept."),
         )
     ):
         command = option(command)
@@ -99,7 +100,9 @@ def page_command(folder: Path, check: bool, as_json: bool, **options: Any) -> No
 def _inquiry(options: dict[str, Any]) -> Inquiry:
     from common.privacy.keys import read_public_key
     from common.privacy.report.record import Inquiry
+    from common.privacy.witness import read_heads
 
     key = options["officer_key"]
     officer = None if key is None else read_public_key(key)
-    return Inquiry(options["run"], officer, tuple(options["ledger_head"]))
+    witnesses = tuple(head for path in options["witnesses"] for head in read_heads(path))
+    return Inquiry(options["run"], officer, tuple(options["ledger_head"]), witnesses)

@@ -65,6 +65,10 @@ def _the_officers_page(run: Path, spent: float) -> None:
         assert 0 <= document["budget"]["epsilons"][0]["run"] - spent <= 1e-3
         assert document["budget"]["by_step"]["booked"][-1][0] == STEPS
         assert document["federation"]["sites"] == ["east", "west"]
+        found = {item["name"]: item["status"] for item in document["hazards"]}
+        assert found["The ledger was not cut or rolled back"] == "MET"  # the server kept its head
+        assert found["Noise is drawn as strong as claimed"] == "MET"  # it was rehearsed before the run
+        assert document["rehearsal"]["figures"]["sampler"]["asked_rate"] == 0.5
 
 
 def test_a_private_run_of_b_alone_keeps_the_public_a_and_is_verified(elsewhere: Path) -> None:

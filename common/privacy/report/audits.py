@@ -15,30 +15,30 @@ from scipy.stats import binom, norm
 
 from common.canonical import sha256_of
 from common.errors import ArtefactError
+from common.privacy.audits import REHEARSAL
 from common.privacy.entries import EntryType
 from common.privacy.report.record import SiteRecord
 from common.privacy.report.rounding import per_hundred, upper, upper_rate
 
-REHEARSAL = "rehearsal.json"
-INCONSISTENT, NO_CLAIM = "INCONSISTENT", "NO CLAIM"
+REHEARSAL_FILE = f"{REHEARSAL}.json"
 BAND_LEVEL = 0.001  # of each point of the quantile plot: how often a right build strays from the band
 BINS = 40  # of batch sizes, at most
 
 
 def rehearsal(record: SiteRecord) -> dict[str, Any]:
     """The rehearsal's findings with what its plots need; without the file, what the ledger knows of it."""
-    booked = [e for e in record.entries if e.type is EntryType.audit and e.detail.get("kind") == "rehearsal"]
+    booked = [e for e in record.entries if e.type is EntryType.audit and e.detail.get("kind") == REHEARSAL]
     last = booked[-1].detail if booked else {}
     passed = bool(last.get("passed")) if booked else None
     code = str(last.get("code_sha256", ""))
     found: dict[str, Any] = {"booked": len(booked), "passed": passed, "code_sha256": code, "figures": None}
-    if REHEARSAL in record.audits:
-        value = _read(record, REHEARSAL)
+    if REHEARSAL_FILE in record.audits:
+        value = _read(record, REHEARSAL_FILE)
         try:
             found |= {"passed": bool(value["passed"]), "code_sha256": str(value["code_sha256"])}
             found["figures"] = _figures(value)
         except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(REHEARSAL) from error
+            raise _damaged(REHEARSAL_FILE) from error
     return found
 
 
@@ -109,7 +109,7 @@ def artefacts(record: SiteRecord) -> list[dict[str, Any]]:
     """One entry an attack on something that left."""
     found = []
     for name in record.audits:
-        if name == REHEARSAL:
+        if name == REHEARSAL_FILE:
             continue
         value = _read(record, name)
         try:

@@ -141,6 +141,7 @@ def _signature(record: SiteRecord, policy: Policy) -> str:
 def _verification(record: SiteRecord) -> Document:
     options = "" if record.inquiry.officer_public is None else " --officer-key OFFICER_KEY"
     options += "".join(f" --ledger-head {head}" for head in record.inquiry.heads)
+    options += " --witness WITNESS_FILE" if record.inquiry.witnesses else ""
     found = record.findings
     return {
         "command": f"wardround privacy verify --bundle SITE_FOLDER{options}",

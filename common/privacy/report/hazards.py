@@ -12,9 +12,9 @@ from typing import Any
 
 from common.pages.wording import exact
 from common.privacy.entries import EntryType
+from common.privacy.membership import Verdict
 from common.privacy.plan import Unit
 from common.privacy.receipts import NO_MECHANISM
-from common.privacy.report.audits import INCONSISTENT, NO_CLAIM
 from common.privacy.report.record import SiteRecord
 
 MET, NOT_MET, NOT_CHECKED = "MET", "NOT MET", "NOT CHECKED"
@@ -93,8 +93,8 @@ def _mechanism(
 
 def _attacked(artefacts: Sequence[dict[str, Any]]) -> Hazard:
     """An audit of what nothing is claimed of, or where no coin decided who was used, has checked nothing."""
-    judged = [audit for audit in artefacts if audit["verdict"] != NO_CLAIM]
-    claims = {audit["file"]: audit["verdict"] != INCONSISTENT for audit in judged}
+    judged = [audit for audit in artefacts if audit["verdict"] != Verdict.no_claim]
+    claims = {audit["file"]: audit["verdict"] != Verdict.inconsistent for audit in judged}
     name = "No attack found more than is claimed"
     if not claims:
         why = "no audit could contradict a claim" if artefacts else "no artefact audit was run"

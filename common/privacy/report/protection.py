@@ -59,7 +59,6 @@ def federation(record: SiteRecord) -> dict[str, Any]:
         if entry.type is EntryType.refuse
     )
     lost = sum(entry.type is EntryType.void_counted for entry in record.own)
-    own = {entry.hash for entry in record.entries}
     return {
         "sites": sites,
         "count": len(sites),
@@ -71,8 +70,7 @@ def federation(record: SiteRecord) -> dict[str, Any]:
         "steps_lost": lost,
         "witnessed": {
             "heads": len(record.witnessed),
-            "own": sum(line["hash"] in own for line in record.witnessed),
-            "sites": sorted({line["site"] for line in record.witnessed}),
+            "sites": sorted({head.site for head in record.witnessed}),
         },
     }
 

@@ -11,22 +11,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from common.canonical import sha256_of
 from common.errors import ArtefactError, ConfigError, VerificationFailed
+from common.privacy.audits import AUDITS
 from common.privacy.bundle import read_bundle
 from common.privacy.entries import Entry, EntryType, chain_faults
+from common.privacy.heads import SignedHead
 from common.privacy.journal import HEAD, LEDGER, check_head, read_head, read_lines
 from common.privacy.ledger import RECEIPTS
 from common.privacy.plan import PrivacyPlan
 from common.privacy.policy import POLICY, Policy, policy_from
 from common.privacy.receipts import NO_MECHANISM, ReceiptLine, read_receipts
 from common.privacy.verify import Evidence, Findings, verify
+from common.privacy.witness import read_heads
 
 RUN_PLAN = "plan.json"
-WITNESSED = "witnessed.jsonl"
-AUDITS = "audits"
+WITNESSED = "witnessed.jsonl"  # as `client.witnesses` keeps it
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Inquiry:
         run: its id; None: the newest.
         officer_public: the officer's key, for the policy's signature; None: not checked.
         heads: head hashes that others have seen.
+        witnesses: signed heads that others kept, of whatever ledgers.
         most_steps: how many spending entries a whole verification may recompute; beyond it is left out and
             the page says so. None: any number.
     """
@@ -44,6 +46,7 @@ class Inquiry:
     run: str | None = None
     officer_public: str | None = None
     heads: tuple[str, ...] = ()
+    witnesses: tuple[SignedHead, ...] = ()
     most_steps: int | None = None
 
 
@@ -69,7 +72,7 @@ class SiteRecord:
         plan: of the run, as the site agreed to it, if it is the site's newest.
         findings: of the verifier; None where that was left out.
         audits: file name -> content, of ``audits/*.json``.
-        witnessed: lines of ``witnessed.jsonl``.
+        witnessed: the last heads of other sites' ledgers that this site was shown.
     """
 
     site: str
@@ -81,7 +84,7 @@ class SiteRecord:
     policy: Policy | None
     findings: Findings | None
     audits: dict[str, bytes]
-    witnessed: Sequence[dict[str, Any]]
+    witnessed: Sequence[SignedHead]
     inquiry: Inquiry
 
     @cached_property
@@ -146,7 +149,7 @@ def read_record(folder: Path, inquiry: Inquiry) -> SiteRecord:
         policy=_policy(files),
         findings=_findings(files, entries, inquiry),
         audits={path.name: path.read_bytes() for path in sorted((folder / AUDITS).glob("*.json"))},
-        witnessed=_witnessed(folder / WITNESSED),
+        witnessed=read_heads(folder / WITNESSED) if (folder / WITNESSED).exists() else [],
         inquiry=inquiry,
     )
 
@@ -228,16 +231,4 @@ def _findings(files: dict[str, bytes], entries: Sequence[Entry], inquiry: Inquir
     steps = sum(bool(entry.spent()) for entry in entries)
     if not entries or (inquiry.most_steps is not None and steps > inquiry.most_steps):
         return None
-    return verify(files, Evidence(inquiry.officer_public, inquiry.heads))
-
-
-def _witnessed(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [
-            {"site": str(line["site"]), "seq": int(line["seq"]), "hash": str(line["hash"])} for line in lines
-        ]
-    except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"{path.name} is damaged: it holds heads, one a line") from error
+    return verify(files, Evidence(inquiry.officer_public, inquiry.heads, inquiry.witnesses))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from common.pages.wording import exact, plural
-from common.privacy.report.audits import INCONSISTENT
+from common.privacy.membership import Verdict
 
 HOLDS, BROKEN = "holds", "does not hold"
 ADVISORY = "policy advisory, not enforced"
@@ -38,7 +38,7 @@ def _word(document: Document) -> str:
         return "THE RECORD DOES NOT HOLD"
     if not document["guarantee"]:
         return "NO GUARANTEE"
-    if any(audit["verdict"] == INCONSISTENT for audit in document["artefacts"]):
+    if any(audit["verdict"] == Verdict.inconsistent for audit in document["artefacts"]):
         return "AN AUDIT CONTRADICTS THE CLAIM"
     if policy is None:
         return "BOUNDED, UNDER NO POLICY"
