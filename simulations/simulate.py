@@ -19,13 +19,19 @@ from common.errors import DataError
 from common.privacy.budget import Caps
 from common.privacy.journal import LEDGER
 from common.privacy.ledger import Ledger
+from common.privacy.report import write_page
+from common.privacy.report.record import Inquiry
+from common.privacy.witness import read_heads
 from common.privacy_rules import declared_patients, declared_test_patients
 from common.recipe import Engine, Recipe, SiteConfig, SiteFile
 from server.outcome import RunOutcome
 from server.report import REPORT_JSON, rebuild
+from server.witness import HEADS_FILE
 from simulations.assemble import assemble_report
 from simulations.hospitals import cut_sites
 from simulations.phantoms import write_site
+
+VERIFIED_STEPS = 32  # a longer ledger is left to `wardround privacy page`, which recomputes all of it
 
 
 def simulate(recipe: Recipe, out: Path, resume: bool) -> Path:
@@ -52,6 +58,10 @@ def simulate(recipe: Recipe, out: Path, resume: bool) -> Path:
     report = assemble_report(recipe, out, outcome, (started[0], started[1], started[2]))
     write_atomic(out / REPORT_JSON, report.to_json().encode())
     rebuild(out)
+    kept = out / "state" / HEADS_FILE
+    heads = tuple(read_heads(kept)) if kept.exists() else ()
+    for site in report.sites:
+        write_page(sites / site.id, Inquiry(witnesses=heads, most_steps=VERIFIED_STEPS))
     return out
 
 

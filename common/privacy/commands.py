@@ -1,4 +1,4 @@
-"""The privacy officer's verbs: ``plan``, ``curve``, ``policy``, ``ledger``, ``verify``, ``key``."""
+"""The privacy officer's verbs: those of this file, and the groups and commands of the files beside it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from common.console import print_json
 from common.privacy.ledger_commands import AS_JSON, FILE, ledger_group, open_ledger
 from common.privacy.policy_commands import policy_group
+from common.privacy.report_commands import page_command, statement_command
 
 if TYPE_CHECKING:
     from common.privacy.plan import PrivacyPlan
@@ -221,3 +222,5 @@ def _finding_lines(found: Findings) -> list[str]:
 
 privacy.add_command(policy_group)
 privacy.add_command(ledger_group)
+privacy.add_command(statement_command)
+privacy.add_command(page_command)

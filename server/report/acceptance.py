@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from common.pages.wording import count
 from server.report.charts import share_bar
 from server.report.schema import RoundRecord
-from server.report.wording import count, derived
+from server.report.wording import derived
 
 TRAINING = ("adapt", "generator")
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from statistics import fmean
 
+from common.pages.wording import plural
 from server.report.schema import BenefitCell, RunReport
-from server.report.wording import LOWER_IS_BETTER, METRICS, MODELS, plural
+from server.report.wording import LOWER_IS_BETTER, METRICS, MODELS
 
 
 class Verdict(StrEnum):

@@ -11,6 +11,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from common.pages import STYLE
+from common.pages import wording as words
 from server.report import charts, reading, wording
 from server.report.acceptance import acceptance
 from server.report.comparison import Matrix, matrix_of, metrics_of, models_of
@@ -54,7 +56,7 @@ def render(report: RunReport) -> str:
         .get_template("page.html.jinja")
         .render(
             report=report,
-            style=Markup((HERE / "style.css").read_text(encoding="utf-8")),  # our own file, not the report's
+            style=Markup(STYLE.read_text(encoding="utf-8")),  # our own file, not the report's
             classes=list(dict.fromkeys(cell.class_name for cell in report.benefit)),
             lede=_lede(report),
             figures=reading.figures(report),
@@ -86,14 +88,12 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    names = (
-        "model_name", "metric_name", "stage_name", "score", "interval", "count", "tenth", "small", "exact",
-        "epsilon", "digest", "when", "listed",
-    )  # fmt: skip
-    environment.filters.update({name: getattr(wording, name) for name in names})
-    environment.filters["derived"] = wording.derived
+    own = ("model_name", "metric_name", "stage_name", "score", "interval", "tenth", "derived")
+    environment.filters.update({name: getattr(wording, name) for name in own})
+    shared = ("count", "small", "exact", "epsilon", "digest", "when", "listed")
+    environment.filters.update({name: getattr(words, name) for name in shared})
     environment.globals.update(
-        plural=wording.plural, interval_bar=charts.interval_bar, share_bar=charts.share_bar
+        plural=words.plural, interval_bar=charts.interval_bar, share_bar=charts.share_bar
     )
     environment.globals.update(slot=charts.slot)
     return environment
@@ -103,7 +103,7 @@ def _lede(report: RunReport) -> Markup:
     """What this run was, in one sentence."""
     rounds = len({record.index for record in report.rounds if record.stage == "adapt"})
     sites = [site.id for site in report.sites]
-    named = Markup(" ({})").format(wording.listed(sites)) if 0 < len(sites) <= 6 else ""
+    named = Markup(" ({})").format(words.listed(sites)) if 0 < len(sites) <= 6 else ""
     students = len(report.students)
     some = f"{students} of them went home with a small student"
     home = "each went home with a small student" if students == len(sites) else some
@@ -113,9 +113,9 @@ def _lede(report: RunReport) -> Markup:
     ).format(
         recipe=report.run.recipe,
         engine=report.run.engine,
-        sites=wording.plural(len(sites), "hospital"),
+        sites=words.plural(len(sites), "hospital"),
         named=named,
-        rounds=wording.plural(rounds, "adapter round"),
+        rounds=words.plural(rounds, "adapter round"),
         home=home if students else "no student was made",
     )
 
@@ -173,7 +173,7 @@ def _byte_chart(rounds: Sequence[RoundRecord]) -> Chart | None:
         )
         if up or down:
             rows.append((f"{wording.stage_name(record.stage)} {record.index}", up, down))
-            texts.append((wording.size(up), wording.size(down)))
+            texts.append((words.size(up), words.size(down)))
     if not rows:
         return None
     label = "Bytes up and down in each round, mean over the hospitals in it. Numbers for each in the table."
@@ -195,7 +195,7 @@ def _receipts(report: RunReport) -> list[SiteReceipts]:
         entries = [entry for entry in report.egress if entry.site == site.id]
         if entries:
             total = wording.derived(
-                wording.size(sum(entry.bytes for entry in entries)), "sum of the receipts' bytes"
+                words.size(sum(entry.bytes for entry in entries)), "sum of the receipts' bytes"
             )
             found.append(SiteReceipts(site.id, entries, total, printed))
     return found

@@ -7,19 +7,10 @@ from statistics import fmean
 
 from markupsafe import Markup, escape
 
+from common.pages.wording import epsilon, exact, listed, plural, size, small
 from server.report.comparison import Comparison, Pair, Verdict, compare, matrix_of
 from server.report.schema import PrivacyEntry, RunReport
-from server.report.wording import (
-    derived,
-    epsilon,
-    exact,
-    listed,
-    plural,
-    score,
-    signed,
-    size,
-    small,
-)
+from server.report.wording import derived, score, signed
 
 LONGEST_LIST = 6  # sites named one by one in a sentence; beyond, they are counted
 TESTED = {"all": "Tested on the patients of all sites", "own": "Tested on each site's own patients"}

@@ -45,11 +45,30 @@ def test_a_private_run_is_booked_reported_and_verified(elsewhere: Path) -> None:
     page = (run / "report.html").read_text()
     assert "whether or not their images were used" in page
     assert "NO GUARANTEE" not in page
+    _the_officers_page(run, spent)
     _verified_and_then_not(run / "sites" / "east")
     _witnessed_by_server_and_peer(run)
     resumed = walks.invoke("simulate", "smoke", "--out", "run", "--resume", *PRIVATE)
     assert resumed.exit_code == 0, resumed.output
     assert walks.report_of(run).privacy["west"].epsilon == report.privacy["west"].epsilon
+
+
+def _the_officers_page(run: Path, spent: float) -> None:
+    """Each site has one, the report links to it, and it states what the accounting gives, rounded up."""
+    for site in ("east", "west"):
+        folder = run / "sites" / site
+        assert f'href="sites/{site}/privacy.html"' in (run / "report.html").read_text()
+        assert walks.invoke("privacy", "page", folder, "--check").exit_code == 0
+        document = json.loads((folder / "privacy.json").read_text())
+        assert document["verdict"]["word"] == "BOUNDED, UNDER NO POLICY"
+        assert document["verification"]["holds"] is True
+        assert 0 <= document["budget"]["epsilons"][0]["run"] - spent <= 1e-3
+        assert document["budget"]["by_step"]["booked"][-1][0] == STEPS
+        assert document["federation"]["sites"] == ["east", "west"]
+        found = {item["name"]: item["status"] for item in document["hazards"]}
+        assert found["The ledger was not cut or rolled back"] == "MET"  # the server kept its head
+        assert found["Noise is drawn as strong as claimed"] == "MET"  # it was rehearsed before the run
+        assert document["rehearsal"]["figures"]["sampler"]["asked_rate"] == 0.5
 
 
 def test_a_private_run_of_b_alone_keeps_the_public_a_and_is_verified(elsewhere: Path) -> None:

@@ -50,7 +50,8 @@ def test_a_run_leaves_the_folder_of_the_contract(smoke_run: FinishedRun) -> None
         "config.yaml", "events.jsonl", "report.json", "report.html", "teacher/adapter.safetensors",
         "teacher/card.json", "state",
         *(f"sites/{site}/{name}" for site in SITES
-          for name in ("receipts.jsonl", "student.safetensors", "student.json", "synthetic")),
+          for name in ("receipts.jsonl", "student.safetensors", "student.json", "synthetic",
+                       "privacy.html", "privacy.json")),
     ]  # fmt: skip
     assert not [name for name in expected if not (run / name).exists()]
     assert load_run_config(run / "config.yaml") == load_recipe("smoke")
@@ -140,6 +141,16 @@ def test_the_page_is_made_of_the_report_and_promises_nothing(smoke_run: Finished
     assert report.teacher.adapter_sha256[:8] in page
     assert {picture.kind for picture in report.pictures} == {"cases", "synthetic"}
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page), "the page loads nothing"
+
+
+def test_each_officers_page_promises_nothing_either(smoke_run: FinishedRun) -> None:
+    for site in SITES:
+        folder = smoke_run.run / "sites" / site
+        document = json.loads((folder / "privacy.json").read_text())
+        assert (document["guarantee"], document["verdict"]["word"]) == (False, "NO GUARANTEE")
+        receipts = (folder / "receipts.jsonl").read_text().splitlines()
+        assert document["egress"]["payloads"] == document["egress"]["without_mechanism"] == len(receipts)
+        assert "NO GUARANTEE" in (folder / "privacy.html").read_text()
 
 
 def test_synthetic_images_stay_in_their_sites_folder(smoke_run: FinishedRun) -> None:

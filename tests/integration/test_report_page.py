@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -17,10 +13,9 @@ import pytest
 from PIL import Image
 
 from server.report import rebuild
+from tests.browser import browse, find_browser
 from tests.report_sample import sample_report
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-DEADLINE_S = 120
 # Runs in a copy of the page only: the page itself holds no script and its policy forbids one.
 PROBE = """
 <script>
@@ -45,16 +40,6 @@ document.body.dataset.found = JSON.stringify(found);
 """
 
 
-def find_browser() -> str:
-    for name in NAMES:
-        if path := shutil.which(name):
-            return path
-    line = "no chromium on this machine; the fix: apt-get update && apt-get install -y chromium"
-    if os.environ.get("CI"):
-        pytest.fail(line)
-    pytest.skip(line)
-
-
 @pytest.fixture(scope="module")
 def browser() -> str:
     return find_browser()
@@ -65,31 +50,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     (folder / "report.json").write_text(sample_report().to_json())
     return rebuild(folder)
-
-
-def browse(browser: str, page: Path, folder: Path, *options: str) -> str:
-    """Run the browser once on ``page``; return what it wrote to stdout. No process is left behind."""
-    command = [
-        browser,
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        f"--user-data-dir={folder / 'profile'}",
-        *options,
-        page.as_uri(),
-    ]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        try:
-            output, errors = process.communicate(timeout=DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its own group: started by us just above
-            raise
-    assert process.returncode == 0, errors
-    return output
 
 
 def probe(browser: str, page: Path, folder: Path, width: int) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from common.pages import STYLE, drawing
 from server.report import charts, wording
 
 
@@ -19,7 +19,7 @@ def test_ticks_are_few_round_and_inside(low: float, length: float) -> None:
     high = low + length
     if high <= low:
         return
-    found = charts.ticks(low, high)
+    found = drawing.ticks(low, high)
     assert len(found) <= 7
     assert all(low - 1e-6 * length - 1e-9 <= tick <= high + 1e-6 * length + 1e-9 for tick in found)
 
@@ -34,7 +34,7 @@ def test_curves_stay_inside_their_frame(losses: list[list[float]]) -> None:
     for points in re.findall(r'points="([^"]*)"', svg):
         for pair in points.split():
             x, y = map(float, pair.split(","))
-            assert 0 <= x <= charts.WIDTH
+            assert 0 <= x <= drawing.WIDTH
             assert 0 <= y <= height
     assert all(0 <= float(y) <= height for y in re.findall(r'<text x="[^"]*" y="([^"]*)"', svg))
 
@@ -55,7 +55,7 @@ def test_dots_and_intervals_lie_at_their_values() -> None:
     assert dot is not None
     left, right, middle = float(whisker[1]), float(whisker[2]), float(dot[1])
     assert middle == pytest.approx((left + right) / 2, abs=0.1)
-    scale = charts.Scale(0.0, 1.0, 176.0, 448.0)
+    scale = drawing.Scale(0.0, 1.0, 176.0, 448.0)
     assert [left, middle, right] == pytest.approx([scale.at(0.25), scale.at(0.5), scale.at(0.75)], abs=0.1)
 
 
@@ -64,7 +64,7 @@ def test_a_withheld_dot_is_said_in_words() -> None:
 
 
 def colours() -> dict[str, dict[str, str]]:
-    css = (Path(charts.__file__).parent / "style.css").read_text()
+    css = STYLE.read_text()
     blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
     light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in blocks)
     assert light.keys() == dark.keys()
@@ -91,15 +91,15 @@ def test_text_has_enough_contrast_in_both_schemes(scheme: str) -> None:
             assert contrast(palette[ink], palette[paper]) >= 4.5, (ink, paper)
     assert contrast(palette["warn-ink"], palette["warn-paper"]) >= 4.5
     assert contrast(palette["warn-ink"], palette["card"]) >= 4.5
-    for number in range(charts.COLOURS):  # marks need 3, the names beside curves 4.5
+    for number in range(drawing.COLOURS):  # marks need 3, the names beside curves 4.5
         assert contrast(palette[f"series-{number}"], palette["card"]) >= 4.3, number
 
 
 def test_every_series_differs_in_shape_and_not_in_colour_alone() -> None:
     outlines = {
-        re.sub(r'cx="[^"]*"', "", charts.marker(shape, 50.0, 50.0)) for shape in range(charts.COLOURS)
+        re.sub(r'cx="[^"]*"', "", drawing.marker(shape, 50.0, 50.0)) for shape in range(drawing.COLOURS)
     }
-    assert len(outlines) == charts.COLOURS == len(set(charts.DASHES))
+    assert len(outlines) == drawing.COLOURS == len(set(drawing.DASHES))
     ablations = {model for model in wording.MODELS if model.startswith("no_")}  # named beside the mark
     assert set(charts.SLOTS) == set(wording.MODELS) - ablations
     assert len(set(charts.SLOTS.values())) == len(charts.SLOTS)

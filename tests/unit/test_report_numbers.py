@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.pages import wording as words
 from server.report import wording
 from server.report.comparison import Verdict, compare, matrix_of
 from server.report.page import render
@@ -67,13 +68,13 @@ def stands_in(token: str, numbers: list[float]) -> bool:
 def untraced(report: RunReport) -> list[str]:
     """Number tokens in the visible text that neither report.json nor the fixed wording explains."""
     value = json.loads(report.to_json())
-    text = " ".join(" ".join(Page(render(report)).texts).replace(wording.THIN, "").split())
+    text = " ".join(" ".join(Page(render(report)).texts).replace(words.THIN, "").split())
     known = {*strings_in(value), *FIXED_WORDS}
     known |= {text_[:12] for text_ in known if re.fullmatch(r"[0-9a-f]{64}", text_)}
-    known |= {wording.when(report.run.started), wording.when(report.run.finished)}
-    for words in sorted(known, key=len, reverse=True):
-        if re.search(r"\d", words):
-            text = text.replace(words, " ")
+    known |= {words.when(report.run.started), words.when(report.run.finished)}
+    for phrase in sorted(known, key=len, reverse=True):
+        if re.search(r"\d", phrase):
+            text = text.replace(phrase, " ")
     rounded_up = [
         math.ceil(entry.epsilon * 1000) / 1000 for entry in report.privacy.values() if entry.epsilon
     ]
@@ -128,13 +129,13 @@ def test_derived_numbers_are_means_sums_and_differences_of_the_report() -> None:
         gains.append(mean("personal_teacher", tested, "dice") - mean("teacher", tested, "dice"))
         expected |= {f"{gain:+.3f}".replace("-", "−") for gain in gains}
     for record in report.rounds:
-        expected.add(wording.size(fmean(record.bytes_up.values())) + " up")
-        expected.add(wording.size(fmean(record.bytes_down.values())) + " down")
+        expected.add(words.size(fmean(record.bytes_up.values())) + " up")
+        expected.add(words.size(fmean(record.bytes_down.values())) + " down")
     adapt = [n for record in report.rounds if record.stage == "adapt" for n in record.bytes_up.values()]
-    expected.add(wording.size(fmean(adapt)))
-    expected.add(wording.size(sum(sum(r.bytes_up.values()) for r in report.rounds) / len(SITES)))
+    expected.add(words.size(fmean(adapt)))
+    expected.add(words.size(sum(sum(r.bytes_up.values()) for r in report.rounds) / len(SITES)))
     for site in SITES:
-        expected.add(wording.size(sum(entry.bytes for entry in report.egress if entry.site == site)))
+        expected.add(words.size(sum(entry.bytes for entry in report.egress if entry.site == site)))
     for site in SITES:
         training = [record for record in report.rounds if record.stage in ("adapt", "generator")]
         used = sum(site in record.sites for record in training)
@@ -149,10 +150,10 @@ def test_every_receipt_round_and_digest_is_on_the_page() -> None:
     html = render(report)
     for entry in report.egress:
         assert f"title='{entry.sha256}'" in html
-        assert wording.count(entry.bytes) in html
+        assert words.count(entry.bytes) in html
     for record in report.rounds:
         for amount in (*record.bytes_up.values(), *record.bytes_down.values()):
-            assert wording.count(amount) in html
+            assert words.count(amount) in html
     assert report.run.config_sha256 in html
     assert report.teacher.adapter_sha256 in html
     assert "wardround simulate demo --engine loopback run.seed=17" in html
@@ -161,7 +162,7 @@ def test_every_receipt_round_and_digest_is_on_the_page() -> None:
 @settings(deadline=None)
 @given(st.floats(1e-6, 1e6))
 def test_an_epsilon_is_never_stated_smaller_than_it_is(value: float) -> None:
-    assert value <= float(wording.epsilon(value)) <= value + 0.0011
+    assert value <= float(words.epsilon(value)) <= value + 0.0011
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_an_epsilon_is_never_stated_smaller_than_it_is(value: float) -> None:
     ],
 )
 def test_sizes_have_three_figures(amount: float, text: str) -> None:
-    assert wording.size(amount).replace(wording.THIN, " ") == text
+    assert words.size(amount).replace(words.THIN, " ") == text
 
 
 def test_signed_numbers_have_a_true_minus_and_zero_has_no_sign() -> None:
