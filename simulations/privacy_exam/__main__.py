@@ -27,7 +27,7 @@ ITEMS: dict[str, Callable[[], Verdict]] = {
     "13": lambda: mechanism.item_13(10_000),
     "14": lambda: mechanism.item_14(1_000_000),
     "15": lambda: guard.item_15(5),
-    "16": lambda: traffic.item_16(5),
+    "16": lambda: traffic.item_16(5, 13),
     "17": lambda: record.item_17(2000),
     "18": lambda: ledger.item_18(20),
     "19": lambda: ledger.item_19(200),

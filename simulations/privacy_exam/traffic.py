@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from client.account import MECHANISM
+from client.patients import Split, of_split
 from client.private_adaptation import learning_rate
 from client.site import Site
 from client.students import build_student
@@ -32,7 +33,7 @@ from simulations.privacy_exam.hospital import order, private_recipe
 from simulations.privacy_exam.verdict import Verdict
 from simulations.privacy_exam.watching import PERSON, Watched, crowd, watched_run
 
-TRAIN, DECLARED = 13, 40
+DECLARED = 40
 SEED = 815_302_947
 DIGITS = 5  # a number with fewer is no marker
 LONG = 8  # bytes that do not come about by chance among the values of a tensor
@@ -47,8 +48,9 @@ class Marker:
     upwards: bool = False
 
 
-def item_16(rounds: int) -> Verdict:
-    recipe = crowd(private_recipe(f"privacy.steps={rounds}", f"run.seed={SEED}"), TRAIN, DECLARED)
+def item_16(rounds: int, patients: int) -> Verdict:
+    """A private run of two sites with ``patients`` training patients each, of which they declare others."""
+    recipe = crowd(private_recipe(f"privacy.steps={rounds}", f"run.seed={SEED}"), patients, DECLARED)
     with tempfile.TemporaryDirectory() as name:
         watched = watched_run(recipe, Path(name))
         markers = list(markers_of(watched))
@@ -163,7 +165,8 @@ def counts_of(watched: Watched, site: Site) -> list[tuple[bytes, int]]:
     """How many patients and images, under the names by which counts would travel."""
     everyone = watched.patients(site)
     images = sum(len(patient.samples) for patient in everyone)
-    return [(b"train", TRAIN), (b"weight", TRAIN), (b"patients", len(everyone)), (b"images", images)]
+    train = len(of_split(everyone, Split.train))
+    return [(b"train", train), (b"weight", train), (b"patients", len(everyone)), (b"images", images)]
 
 
 def _long(value: float) -> bool:
@@ -207,15 +210,15 @@ def leaky_messages(watched: Watched, markers: list[Marker]) -> list[tuple[str, b
     loss, dice = (next(value for value in values if _long(value)) for values in (inside.losses, inside.dice))
     asked = order(plan, Stage.adapt)
     bare = Adapter({"head": torch.ones(1)}, "ab", 0, "decoder")
-    counts = [count for _, count in counts_of(watched, site)]
-    metric = Metric("teacher", "dice", "cell", dice, (dice, dice), counts[2])
-    told = SiteMetrics(site.name, SiteCounts(counts[2], counts[3], TRAIN, 1, 3), [metric])
+    train, _, patients, images = (count for _, count in counts_of(watched, site))
+    metric = Metric("teacher", "dice", "cell", dice, (dice, dice), patients)
+    told = SiteMetrics(site.name, SiteCounts(patients, images, train, 1, 3), [metric])
     note = StudentNote(str(site.folder), "unet", 1, "", 0.0, 0.0, 0, 0, 0)
     texts = {marker.kind: marker.pattern for marker in markers if marker.pattern.isalnum()}
     hidden = ("key", "seed", "norm", "optimiser, sum or noise")
     contents = {
         "loss": wire.encode_update(asked, AdapterUpdate(bare, 3.0, "ab", losses=(loss, loss))),
-        "N": wire.encode_update(asked, AdapterUpdate(bare, TRAIN, "ab")),
+        "N": wire.encode_update(asked, AdapterUpdate(bare, train, "ab")),
         "Dice": wire.encode_numbers(told),
         "id or path": wire.encode_numbers(note),
         **{kind: wire.encode_numbers(replace(note, site="x", name=texts[kind].decode())) for kind in hidden},
