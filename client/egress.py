@@ -25,7 +25,7 @@ from common.adapter import AdapterUpdate
 from common.canonical import canonical_json, sha256_of
 from common.errors import ArtefactError
 from common.plan import PayloadSpec, RunPlan, Stage, Variant, rebuild
-from common.precision import SCALE
+from common.precision import carried
 from common.privacy.entries import Payload
 from common.privacy.heads import HEAD, SignedHead, without_empty_head
 from common.privacy.published import LAPLACE
@@ -243,7 +243,7 @@ def _privacy_faults(update: AdapterUpdate, noised: Noised | None) -> list[str]:
     """Why ``update`` is none of a noised step; a tensor that no step made is refused at once."""
     if noised is None or update.mechanism != MECHANISM:
         return ["the plan asks for privacy, and no noised step with a reservation made this"]
-    refuse_uncovered({name.removesuffix(SCALE) for name in update.adapter.tensors}, noised.tensors)
+    refuse_uncovered(carried(update.adapter), noised.tensors)
     if not all(math.isnan(loss) for loss in update.losses):
         return ["losses of patients do not leave a private round"]
     return []

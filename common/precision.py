@@ -60,6 +60,15 @@ def unpack(adapter: Adapter) -> Adapter:
     return replace(adapter, tensors=tensors)
 
 
+def carried(adapter: Adapter) -> set[str]:
+    """The names of the tensors that `unpack` gives.
+
+    Raises what `unpack` raises.
+    """
+    scales = _scales(adapter)
+    return {name for name in adapter.tensors if name in scales or name.removesuffix(SCALE) not in scales}
+
+
 def norm(adapter: Adapter) -> float:
     """The Euclidean norm of what ``adapter`` carries, not unpacked for it; not finite if any of it is not.
 

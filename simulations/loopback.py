@@ -100,8 +100,13 @@ def run_loopback(run_dir: Path, sites_dir: Path) -> None:
 
     Raises the `WardroundError` that ended the run.
     """
-    nodes = sum(folder.is_dir() for folder in sites_dir.iterdir())
-    grid = LoopbackGrid(client_app, nodes)
+    drive(
+        LoopbackGrid(client_app, sum(folder.is_dir() for folder in sites_dir.iterdir())), run_dir, sites_dir
+    )
+
+
+def drive(grid: LoopbackGrid, run_dir: Path, sites_dir: Path) -> None:
+    """As `run_loopback`, over ``grid``."""
     context = Context(RUN_ID, SERVER_NODE_ID, {}, RecordDict(), {})
     with environment({"WARDROUND_RUN": str(run_dir), "WARDROUND_SITES": str(sites_dir)}), task_identity():
         server_app(grid, context)

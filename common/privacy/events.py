@@ -15,6 +15,8 @@ from typing import Any
 
 from common.errors import ConfigError
 
+LEAST_NOISE = 0.05  # multiplier: a release below it costs epsilon 200 and more, and its grid the memory
+
 
 class Mechanism(StrEnum):
     gaussian = "gaussian"
@@ -27,7 +29,8 @@ class Event:
 
     Attributes:
         noise_multiplier: noise over sensitivity: standard deviation over clip (Gaussian), scale over
-            sensitivity (Laplace). 0 is a release without noise, which has no guarantee.
+            sensitivity (Laplace). Below `LEAST_NOISE` a release counts as one without noise, which has no
+            guarantee.
         sample_rate: chance of each patient to take part in one release, independently (Poisson); 1: all.
         count: releases, each charged, whether or not anyone was drawn.
         group_size: records of one patient that are each drawn and clipped for themselves. 1 unless two
@@ -52,7 +55,7 @@ class Event:
 
     @property
     def noised(self) -> bool:
-        return self.noise_multiplier > 0
+        return self.noise_multiplier >= LEAST_NOISE
 
     def of_group(self, size: int) -> Event:
         """The same releases as a person with ``size`` records in them meets them."""

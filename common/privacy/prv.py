@@ -19,26 +19,35 @@ _CHILD = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
 from opacus.accountants import PRVAccountant
-asked = json.load(sys.stdin)
-accountant = PRVAccountant()
-accountant.history = [tuple(entry) for entry in asked["history"]]
-print(json.dumps(accountant.get_epsilon(asked["delta"])))
+for history, delta in json.load(sys.stdin):
+    accountant = PRVAccountant()
+    accountant.history = [tuple(entry) for entry in history]
+    print(json.dumps(accountant.get_epsilon(delta)))
 """
 
 
 def prv_epsilon(events: Iterable[Event], delta: float) -> tuple[float | None, str]:
     """(epsilon, ""), or (None, the reason why there is none)."""
-    releases = gathered(events)
-    if any(e.mechanism is not Mechanism.gaussian or e.group_size > 1 or not e.noised for e in releases):
-        return None, "Opacus accounts for Gaussian releases of single records only"
+    found, reason = prv_epsilons([(events, delta)])
+    return (found[0] if found else None), reason
+
+
+def prv_epsilons(
+    asked: Iterable[tuple[Iterable[Event], float]], timeout_s: float = TIMEOUT_S
+) -> tuple[list[float], str]:
+    """Of several (events, delta), by one process: (an epsilon each, ""), or (none, the reason)."""
+    settings = [(gathered(events), delta) for events, delta in asked]
+    every = [event for releases, _ in settings for event in releases]
+    if any(e.mechanism is not Mechanism.gaussian or e.group_size > 1 or not e.noised for e in every):
+        return [], "Opacus accounts for Gaussian releases of single records only"
     if importlib.util.find_spec("opacus") is None:
-        return None, "Opacus is not installed"
-    asked = json.dumps({"history": [event.triple() for event in releases], "delta": delta})
+        return [], "Opacus is not installed"
+    written = json.dumps([([event.triple() for event in releases], delta) for releases, delta in settings])
     try:
         answer = subprocess.run(
             [sys.executable, "-c", _CHILD],
-            input=asked, capture_output=True, text=True, timeout=TIMEOUT_S, check=True,
+            input=written, capture_output=True, text=True, timeout=timeout_s, check=True,
         )  # fmt: skip
-        return float(json.loads(answer.stdout)), ""
+        return [float(json.loads(line)) for line in answer.stdout.splitlines()], ""
     except (subprocess.SubprocessError, ValueError, OSError) as error:
-        return None, f"Opacus gave no answer ({type(error).__name__})"
+        return [], f"Opacus gave no answer ({type(error).__name__})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,6 @@ from common.plan import RunPlan, Stage, TensorSpec, Variant
 from common.precision import pack_down
 from common.privacy.bundle import read_bundle
 from common.privacy.entries import EntryType
-from common.privacy.policy import PayloadRules
 from common.privacy.verify import Evidence, verify
 from common.teacher import initial_adapter, private_initial_adapter
 from server.planning import build_plan, first_adapters
@@ -47,9 +47,8 @@ def start(plan: RunPlan) -> Adapter:
 
 def allow(office: Office, *a_sha256: str) -> None:
     """Sign a policy that allows the plan, as far as its A is among ``a_sha256``."""
-    rules = [{"name": name, "dtype": "bfloat16", "max_bytes": 1 << 20} for name in ("decoder.*", "*.lora_B")]
-    payload = {**vars(PayloadRules()), "base_model_sha256": list(office.plan.models.values())}
-    office.sign(payload=payload | {"outbound": rules, "a_matrix_sha256": list(a_sha256)})
+    payload = json.loads(office.sign().text())["payload"]
+    office.sign(payload=payload | {"a_matrix_sha256": list(a_sha256)})
 
 
 def with_variant(plan: RunPlan, change: Callable[[Variant], Variant]) -> RunPlan:

@@ -16,76 +16,50 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import client.guard
-import client.site as site_module
 import client.workshop as workshop
 from client.account import MECHANISM, Account
 from client.dp.randomness import SeededRandomness
 from client.egress import Egress, EgressRefusal, Noised
-from client.guard import Guard
 from client.private_adaptation import learning_rate, private_step
 from client.site import Site
-from common.adapter import Adapter, AdapterUpdate
+from common.adapter import AdapterUpdate
 from common.config import load_recipe, save_site
 from common.errors import BudgetExceeded, PolicyRefusal
 from common.metrics import METRICS
-from common.plan import Round, RunPlan, Stage, TensorSpec
+from common.plan import RunPlan, Stage, TensorSpec
 from common.precision import pack
-from common.privacy.budget import Caps
 from common.privacy.bundle import read_bundle
-from common.privacy.entries import Entry, EntryType
+from common.privacy.entries import EntryType
 from common.privacy.journal import HEAD, LEDGER
-from common.privacy.keys import key_id, public_key
-from common.privacy.ledger import Ledger
-from common.privacy.policy import Policy, policy_from, sign_policy, template
+from common.privacy.keys import public_key
 from common.privacy.verify import Evidence, verify
 from common.recipe import SiteFile
-from common.teacher import initial_adapter, resident_teacher
+from common.teacher import resident_teacher
 from server.planning import build_plan
-from simulations.phantoms import write_site
+from simulations.privacy_exam.hospital import (
+    DECLARED,
+    SETTINGS,
+    Office,
+    agreed,
+    ask,
+    entries,
+    forget_images,
+    make_home,
+    order,
+    private_plan,
+    start,
+)
 from simulations.privacy_record import privacy_entry
-
-SETTINGS = [
-    "teacher.adapter=decoder", "privacy.noise_multiplier=1.5", "privacy.steps=2", "privacy.sample_rate=0.5",
-    "privacy.release_metrics=false", "generator.scope=none", "baselines=[]",
-]  # fmt: skip
-DECLARED = 3
 
 
 @pytest.fixture(scope="module")
 def plan() -> RunPlan:
-    return build_plan(load_recipe("smoke", SETTINGS), "private-run")
+    return private_plan()
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    recipe = load_recipe("smoke", SETTINGS)
-    phantom = recipe.sites[0].phantom
-    assert phantom is not None
-    write_site(phantom, tmp_path / "east" / "data", 0, "east")
-    said = SiteFile("east", policy=recipe.policy, patients=DECLARED)
-    save_site(said, tmp_path / "east" / "site.yaml")
-    Ledger.create(tmp_path / "east", "east", Caps(1e-5))
-    return tmp_path / "east"
-
-
-def order(plan: RunPlan, stage: Stage, index: int = 0) -> Round:
-    return Round(plan.digest, stage, index, 60.0, "nonce")
-
-
-def agreed(home: Path, plan: RunPlan) -> Guard:
-    guard = Guard(Site.open(home))
-    answer = guard.propose(plan, order(plan, Stage.propose))
-    assert (answer.agrees, answer.code) == (True, "")
-    return guard
-
-
-def start(plan: RunPlan) -> Adapter:
-    return initial_adapter(plan.teacher, plan.data, 0)
-
-
-def entries(home: Path, kind: EntryType | None = None) -> list[Entry]:
-    found = Ledger.open(home, Caps(1e-5)).entries
-    return found if kind is None else [entry for entry in found if entry.type is kind]
+    return make_home(tmp_path)
 
 
 def receipts(home: Path) -> list[dict[str, Any]]:
@@ -238,36 +212,6 @@ def test_the_report_claims_a_guarantee_only_where_nothing_else_left(home: Path, 
 # --- the officer's policy -----------------------------------------------------------------------------
 
 
-class Office:
-    """An officer with a key, whose policy allows exactly the plan of these tests."""
-
-    def __init__(self, home: Path, plan: RunPlan) -> None:
-        self.home, self.plan, self.key = home, plan, Ed25519PrivateKey.generate()
-        (home / "officer.pub").write_text(public_key(self.key))
-        site = SiteFile("east", policy=load_recipe("smoke").policy, patients=DECLARED)
-        save_site(replace(site, officer_key="officer.pub"), home / "site.yaml")
-
-    def sign(self, **changes: Any) -> Policy:
-        now = datetime.now(UTC)
-        draft = template("east", "M. Ruiz", public_key(self.key), now - timedelta(days=1))
-        stages = {"adapt": "dp_required", "student": "local_only"}
-        draft["stages"] |= stages
-        draft |= {"max_epsilon_total": 50.0, "max_epsilon_per_run": 50.0, "max_epsilon_per_year": 50.0}
-        draft |= {"min_patients": DECLARED, "min_noise_multiplier": 1.0}
-        draft["payload"] |= {"base_model_sha256": list(self.plan.models.values())}
-        for rule in draft["payload"]["outbound"]:
-            rule["max_l2"] = 1000.0  # of three patients the noise is a large share
-        draft["federation"] |= {
-            "min_sites": 2, "allowed_sites": self.plan.sites, "max_rounds": 10,
-            "require_secure_aggregation": False,
-        }  # fmt: skip
-        draft["code"] |= {"allowed_fab_sha256": [self.plan.code_sha256]}
-        policy = policy_from(draft | changes, "policy")
-        assert policy.officer.key_id == key_id(public_key(self.key))
-        sign_policy(policy, self.home, self.key)
-        return policy
-
-
 def test_under_a_signed_policy_a_run_is_booked_with_it_and_verified(home: Path, plan: RunPlan) -> None:
     office = Office(home, plan)
     policy = office.sign()
@@ -381,10 +325,10 @@ def test_a_plan_against_the_policy_is_refused_before_any_data_file_is_opened(
     field: str,
 ) -> None:
     asked = wrong(Office(home, plan))
-    site_module._patients.cache_clear()
+    forget_images()
     monkeypatch.setattr(Site, "patients", lambda *_: pytest.fail("data were asked for"))
     with opened_files() as opened:
-        answer = Guard(Site.open(home)).propose(asked, order(asked, Stage.propose))
+        answer = ask(home, asked)
     assert (answer.agrees, answer.code, answer.field) == (False, code, field)
     assert str(home / "policy.json") in opened, "the hook sees what is opened"
     assert not any((home / "data") in Path(name).parents for name in opened)
@@ -405,11 +349,11 @@ def test_a_policy_that_runs_out_between_rounds_stops_them(home: Path, plan: RunP
 def test_a_policy_without_a_known_officer_is_refused(home: Path, plan: RunPlan) -> None:
     Office(home, plan).sign()
     save_site(SiteFile("east", patients=DECLARED), home / "site.yaml")
-    answer = Guard(Site.open(home)).propose(plan, order(plan, Stage.propose))
+    answer = ask(home, plan)
     assert (answer.agrees, answer.code, answer.field) == (False, "REFUSED_POLICY", "officer")
 
 
 def test_a_site_that_declares_no_patients_takes_no_part_in_a_private_run(home: Path, plan: RunPlan) -> None:
     save_site(SiteFile("east"), home / "site.yaml")
-    answer = Guard(Site.open(home)).propose(plan, order(plan, Stage.propose))
+    answer = ask(home, plan)
     assert (answer.agrees, answer.code, answer.field) == (False, "REFUSED_POLICY", "patients")

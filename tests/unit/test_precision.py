@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.adapter import Adapter
 from common.errors import ArtefactError
-from common.precision import BLOCK, PART, norm, pack, pack_down, sendable, unpack
+from common.precision import BLOCK, PART, SCALE, carried, norm, pack, pack_down, sendable, unpack
 from common.recipe import WireDtype
 
 EVERY = list(WireDtype)
@@ -51,6 +51,14 @@ def test_bfloat16_moves_a_value_by_at_most_one_part_in_256() -> None:
     found = unpack(pack(original, WireDtype.bfloat16))
     for name, tensor in original.tensors.items():
         assert bool(((found.tensors[name] - tensor).abs() <= tensor.abs() * 2.0**-8).all())
+
+
+@pytest.mark.parametrize("dtype", EVERY)
+def test_the_tensors_carried_are_those_that_unpacking_gives(dtype: WireDtype) -> None:
+    """Only an int8 tensor has a scale; beside another, a tensor of that name is one of its own."""
+    packed = pack(adapter(7), dtype)
+    beside = replace(packed, tensors={**packed.tensors, f"x{SCALE}": torch.ones(1)})
+    assert carried(beside) == set(unpack(beside).tensors) == {"t7", "l.lora_A", f"x{SCALE}"}
 
 
 @pytest.mark.parametrize("dtype", EVERY)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from common.errors import ArtefactError, ConfigError
 from common.privacy.accounting import epsilon, rdp_epsilon, tuned_epsilon
 from common.privacy.attacker import crude_rate, true_positive_rates
-from common.privacy.events import Event, Mechanism, gathered
+from common.privacy.events import LEAST_NOISE, Event, Mechanism, gathered
 from common.privacy.plan import PlanSettings, PrivacyPlan, Sampling, Unit, calibrate
 from common.privacy.planner import Question, settle, warnings
 from simulations.privacy_exam import accounting as exam
@@ -85,6 +85,12 @@ def test_a_release_without_noise_has_no_guarantee() -> None:
     assert math.isinf(epsilon(released, 1e-5))
     assert true_positive_rates(released) == [1.0, 1.0, 1.0]
     assert crude_rate(math.inf, 1e-5, 0.01) == 1.0
+
+
+def test_noise_too_small_to_account_for_counts_as_none() -> None:
+    """Whoever asks for it would otherwise have the site fill its memory."""
+    assert math.isinf(epsilon([Event(0.99 * LEAST_NOISE, 0.5, 3)], 1e-5))
+    assert math.isinf(epsilon([Event(1e-9, 1.0, 3)], 1e-5))
 
 
 def test_what_renyi_accounting_does_not_know_is_said() -> None:
