@@ -19,11 +19,13 @@ import click
 
 from client.audit_commands import audit
 from client.commands import data, student
+from client.policy_commands import policy_draft
 from common import progress
 from common.commands import doctor, teacher
 from common.errors import DEFECT_EXIT_CODE, INTERRUPTED_EXIT_CODE, WardroundError
 from common.interrupts import resume_hint
 from common.privacy.commands import privacy
+from common.privacy.policy_commands import policy_group
 from server.commands import report
 from simulations.commands import demo, recipes, simulate, validate
 
@@ -103,6 +105,7 @@ def main() -> None:
 for command in (demo, simulate, recipes, validate, report, data, teacher, student, privacy, doctor):
     main.add_command(command)
 privacy.add_command(audit)
+policy_group.add_command(policy_draft)
 
 if __name__ == "__main__":
     main(prog_name="wardround")

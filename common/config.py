@@ -263,9 +263,9 @@ def _resolve(config: DictConfig) -> tuple[Any, list[Fault]]:
 
 
 def _with_paths(recipe: Recipe) -> Recipe:
-    """Absolute paths: the data root from the working directory, a manifest from the data root if any."""
+    """Absolute paths: a manifest from the data root if any, all others from the working directory."""
     root = None if recipe.data.root is None else Path(recipe.data.root).expanduser().absolute()
-    sites = [_with_manifest(site, root or Path.cwd()) for site in recipe.sites]
+    sites = [_with_signed(_with_manifest(site, root or Path.cwd())) for site in recipe.sites]
     data = replace(recipe.data, root=None if root is None else os.path.normpath(root))
     return replace(recipe, data=data, sites=sites)
 
@@ -274,6 +274,14 @@ def _with_manifest(site: SiteConfig, root: Path) -> SiteConfig:
     if site.manifest is None:
         return site
     return replace(site, manifest=os.path.normpath(root / Path(site.manifest).expanduser()))
+
+
+def _with_signed(site: SiteConfig) -> SiteConfig:
+    return replace(site, signed_policy=_absolute(site.signed_policy), officer_key=_absolute(site.officer_key))
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.normpath(Path(path).expanduser().absolute())
 
 
 def _source(key: str, layers: Sequence[_Layer], changed: Sequence[str]) -> str:

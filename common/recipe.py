@@ -198,6 +198,8 @@ class SiteConfig:
     rank: int | None = None  # None: the recipe's teacher.rank
     patients: int | None = None  # declared for a private run, and so public; None: a phantom's train_patients
     test_patients: int | None = None  # the same, of those tested, where metrics are noised
+    signed_policy: str | None = None  # a policy.json with its signature beside it; None: the site has none
+    officer_key: str | None = None  # the public key of who signed it
 
 
 @dataclass(frozen=True)

@@ -296,6 +296,9 @@ def _site_faults(site: SiteConfig, key: str, recipe: Recipe) -> Iterator[Fault]:
     if len(sources) != 1:
         found = f"it has {' and '.join(sources)}" if sources else "it has no images"
         yield Fault(key, found, "give exactly one of manifest, cut and phantom")
+    if (site.signed_policy is None) != (site.officer_key is None):
+        fix = "give both, or neither"
+        yield Fault(key, "signed_policy and officer_key go together: a policy counts by its signature", fix)
     if site.cut and not site.cut.dataset:
         yield Fault(f"{key}.cut.dataset", "it is empty", "name a data set below data.root, such as HRF")
     if site.phantom:
@@ -329,6 +332,12 @@ def _baseline_faults(baselines: list[str]) -> Iterator[Fault]:
         yield Fault(f"baselines[{index}]", f"{name!r} is named twice", "name it once")
 
 
+SIGNED_FILES = {
+    "signed_policy": "name the policy.json of `wardround privacy policy sign`",
+    "officer_key": "name the officer's public key (KEY.pub of `wardround privacy key`)",
+}
+
+
 def file_faults(recipe: Recipe) -> Iterator[Fault]:
     """The folders and manifests that the recipe names and that are not there."""
     if recipe.data.root is not None:
@@ -338,6 +347,10 @@ def file_faults(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(
                 f"sites[{index}].manifest", f"there is no file {site.manifest}", "name a manifest (CSV)"
             )
+        for field, fix in SIGNED_FILES.items():
+            path = getattr(site, field)
+            if path is not None and not Path(path).is_file():
+                yield Fault(f"sites[{index}].{field}", f"there is no file {path}", fix)
 
 
 def _root_faults(recipe: Recipe, root: Path) -> Iterator[Fault]:

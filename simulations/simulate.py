@@ -19,6 +19,7 @@ from common.errors import DataError
 from common.privacy.budget import Caps
 from common.privacy.journal import LEDGER
 from common.privacy.ledger import Ledger
+from common.privacy.policy import POLICY, signature_path
 from common.privacy.report import write_page
 from common.privacy.report.record import Inquiry
 from common.privacy.witness import read_heads
@@ -32,6 +33,8 @@ from simulations.hospitals import cut_sites
 from simulations.phantoms import write_site
 
 VERIFIED_STEPS = 32  # a longer ledger is left to `wardround privacy page`, which recomputes all of it
+
+OFFICER_KEY = "officer.key.pub"  # in a simulated site's folder
 
 
 def simulate(recipe: Recipe, out: Path, resume: bool) -> Path:
@@ -99,8 +102,20 @@ def prepare_sites(recipe: Recipe, folder: Path) -> list[str]:
         if recipe.privacy.asked:
             said = replace(said, patients=declared_patients(site), test_patients=declared_test_patients(site))
             _open_ledger(home, name, recipe.privacy.delta)
+        if site.signed_policy is not None and site.officer_key is not None:
+            said = replace(said, officer_key=_take_policy(home, site.signed_policy, site.officer_key))
         save_site(with_holdout(said, recipe.audit.holdout), home / "site.yaml")
     return sorted(configs)
+
+
+def _take_policy(home: Path, policy: str, officer_key: str) -> str:
+    """Put the officer's files into the site's folder, for its guard to check; the key's name there."""
+    shutil.copyfile(policy, home / POLICY)
+    signature = signature_path(Path(policy))
+    if signature.exists():
+        shutil.copyfile(signature, signature_path(home / POLICY))
+    shutil.copyfile(officer_key, home / OFFICER_KEY)
+    return OFFICER_KEY
 
 
 def _open_ledger(home: Path, site: str, delta: float) -> None:

@@ -108,7 +108,9 @@ def agree(policy: Policy, asked: Asked) -> Terms:
         delta=min([policy.delta, *(plan.delta for plan in asked.plans.values())]),
         max_epsilon_total=policy.max_epsilon_total,
         max_epsilon_per_year=policy.max_epsilon_per_year,
-        max_epsilon_per_run=min(policy.max_epsilon_per_run, _joint_epsilon(policy, asked)),
+        max_epsilon_per_run=min(
+            policy.max_epsilon_per_run, joint_epsilon(asked, policy.delta, policy.discretisation)
+        ),
         rounds=min(policy.federation.max_rounds, asked.rounds),
         stages={stage: str(getattr(policy.stages, stage)) for stage in asked.runs},
         noise_multiplier={stage: plan.noise_multiplier for stage, plan in asked.plans.items()},
@@ -188,16 +190,16 @@ def _plan_faults(policy: Policy, asked: Asked) -> Iterator[Fault]:
              "the plan uses more images of a patient"),
         ]  # fmt: skip
         yield from ((name, why) for name, holds, why in checks if not holds)
-    if _joint_epsilon(policy, asked) > policy.max_epsilon_per_run:
+    if joint_epsilon(asked, policy.delta, policy.discretisation) > policy.max_epsilon_per_run:
         yield "max_epsilon_per_run", "the run asks a larger epsilon"
 
 
-def _joint_epsilon(policy: Policy, asked: Asked) -> float:
+def joint_epsilon(asked: Asked, delta: float, interval: float) -> float:
     """Of the patients who are charged most: those who train, or those who test, who are others."""
     trained = [plan.event() for plan in asked.plans.values()]
     tested = [] if asked.published is None else [asked.published.event]
     groups = [events for events in (trained, tested) if events]
-    return max((epsilon(one, policy.delta, interval=policy.discretisation) for one in groups), default=0.0)
+    return max((epsilon(one, delta, interval=interval) for one in groups), default=0.0)
 
 
 def _payload_faults(policy: Policy, asked: Asked) -> Iterator[Fault]:
