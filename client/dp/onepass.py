@@ -2,8 +2,8 @@
 
 A layer's gradient for one image is made of what went into the layer and of the gradient that came back to
 its output (Goodfellow 2015); making it costs less than its norm alone would, wherever an image has more
-tokens than a factor has rank. A trained layer's output passes through a tap that catches both, and autograd
-is told that the layer is frozen, so that the gradient summed over the batch is never formed.
+tokens than a factor has rank. Hooks at a trained layer catch both, and autograd is told that the layer is
+frozen, so that the gradient summed over the batch is never formed.
 """
 
 from __future__ import annotations
@@ -50,11 +50,20 @@ def _convolution(
 ) -> dict[str, Tensor]:
     found = {}
     if "weight" in wanted:
-        images = zip(given, back, strict=True)
-        found["weight"] = torch.stack([_kernel_gradient(layer, image, out) for image, out in images])
+        if _is_a_product(layer):
+            back_rows, given_rows = (part.transpose(1, 2).flatten(2) for part in (back, given))
+            found["weight"] = torch.bmm(back_rows, given_rows.transpose(1, 2))[..., None, None]
+        else:
+            images = zip(given, back, strict=True)
+            found["weight"] = torch.stack([_kernel_gradient(layer, image, out) for image, out in images])
     if "bias" in wanted:
         found["bias"] = back.sum((1, 3, 4))
     return found
+
+
+def _is_a_product(layer: nn.Conv2d) -> bool:
+    """Whether the layer multiplies each pixel by one matrix."""
+    return layer.kernel_size == (1, 1) == layer.stride and layer.padding == (0, 0) and layer.groups == 1
 
 
 def _kernel_gradient(layer: nn.Conv2d, given: Tensor, back: Tensor) -> Tensor:
@@ -100,21 +109,6 @@ RULES: dict[type[nn.Module], Rule] = {
 }
 
 
-class _Tap(torch.autograd.Function):
-    """Hands on what it is given, forward and backward, and shows the layer's rule both."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, given: Tensor, anchor: Tensor, show: Callable[..., None]) -> Tensor:
-        ctx.save_for_backward(given)
-        ctx.show = show
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, back: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.show(*ctx.saved_tensors, back)
-        return back, None, None, None
-
-
 class OnePass:
     """Patients' gradients of ``task`` by one backward pass a micro-batch.
 
@@ -127,7 +121,6 @@ class OnePass:
         self._task, self._trained = task, trained
         self._layers, self._layout = trained_layers(task, trained), Layout(trained)
         self._rows = torch.empty(0)  # kept from one micro-batch to the next, which all have one shape
-        self._anchor = torch.zeros((), requires_grad=True)  # outputs need a gradient though weights do not
 
     def __call__(self, inputs: tuple[Tensor, ...], batch: MicroBatch) -> Tensor:
         """(B, `Layout.width`): the batch's patients' gradients, then zeros. Valid until the next call.
@@ -139,7 +132,7 @@ class OnePass:
         shape = len(batch.rows), self._layout.width
         if self._rows.shape != shape:
             self._rows = next(iter(self._trained.values())).new_empty(shape)
-        with self._tapped(written, batch), torch.enable_grad():
+        with self._hooked(written, batch), torch.enable_grad():
             loss = (self._task(*inputs) * batch.weights).sum()
             loss.backward()
             backward_calls += 1
@@ -148,7 +141,7 @@ class OnePass:
         return self._rows
 
     @contextmanager
-    def _tapped(self, written: set[str], batch: MicroBatch) -> Iterator[None]:
+    def _hooked(self, written: set[str], batch: MicroBatch) -> Iterator[None]:
         took = {name: parameter.requires_grad for name, parameter in self._trained.items()}
         handles = []
         try:
@@ -163,7 +156,7 @@ class OnePass:
             for name, parameter in self._trained.items():
                 parameter.requires_grad_(took[name])
 
-    def _hook(self, layer: TrainedLayer, written: set[str], batch: MicroBatch) -> Callable[..., Tensor]:
+    def _hook(self, layer: TrainedLayer, written: set[str], batch: MicroBatch) -> Callable[..., None]:
         images, seen = len(batch.rows), [0]
 
         def show(given: Tensor, back: Tensor) -> None:
@@ -173,13 +166,15 @@ class OnePass:
                 add_up_patients(gradients[attribute], batch, self._rows[:, self._layout.places[name]])
                 written.add(name)
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             seen[0] += 1
             if seen[0] > 1:
                 raise ConfigError(f"{layer.path} is run twice for one image: a parameter may be used once")
             if len(args[0]) % images:
                 raise ConfigError(f"{layer.path} does not have the images along its first axis")
-            tapped: Tensor = _Tap.apply(out, args[0].detach(), self._anchor, show)  # type: ignore[no-untyped-call]
-            return tapped
+            given = [args[0].detach()]  # let go of as soon as it was used, as autograd would
+            if not out.requires_grad:  # everything before it is frozen, and here so is the layer itself
+                out.requires_grad_()
+            out.register_hook(lambda back: show(given.pop(), back))
 
         return hook

@@ -75,6 +75,7 @@ class EveryLayer(nn.Module):
         self.strided = nn.Conv2d(4, 8, 3, stride=2, padding=1)
         self.depthwise = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8, bias=False)
         self.grouped = nn.Conv2d(8, 4, 1, groups=2)
+        self.pointwise = nn.Conv2d(4, 4, 1)
         self.group = nn.GroupNorm(2, 4)
         self.layer = nn.LayerNorm([4, 4])
         self.linear = nn.Linear(4, 3)
@@ -82,7 +83,7 @@ class EveryLayer(nn.Module):
         self.frozen_weight.weight.requires_grad_(False)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        hidden = self.grouped(self.depthwise(self.strided(image)))
+        hidden = self.pointwise(self.grouped(self.depthwise(self.strided(image))))
         hidden = self.layer(self.group(hidden.permute(0, 2, 3, 1).clone().permute(0, 3, 1, 2)))
         return self.frozen_weight(self.linear(hidden).tanh())
 
