@@ -8,6 +8,7 @@ takes back, and every receipt is vouched for by the entry after it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from common.plan import RunPlan, Stage
 from common.privacy.accounting import quick_epsilon
 from common.privacy.audits import REHEARSAL, lately_rehearsed, save_audit
 from common.privacy.budget import Caps, booked_epsilon
-from common.privacy.entries import Context, Entry, EntryType, Payload
+from common.privacy.entries import Context, Entry, EntryType, LedgerBroken, Payload
 from common.privacy.heads import SignedHead
 from common.privacy.ledger import Ledger, system_clock
 from common.privacy.plan import PlanSettings, PrivacyPlan, calibrate
@@ -197,18 +198,16 @@ class Account:
             LedgerBroken: the ledger was changed, cut or rolled back, or lacks what it has signed.
             ArtefactError: a private plan, and there is no ledger; a head that nobody signed.
         """
+        if self.terms is not None:  # first: a refusal is booked where there is a ledger
+            if unsigned := sum(not head.holds for head in heads):
+                raise ArtefactError(f"the order names {unsigned} ledger heads that nobody signed")
+            ledger = self._kept.read(self._caps)
+            ledger.check_witnessed(self._site.name, heads)
+            self._opened = ledger
         if self.policy is not None:
-            check_in_force(self.policy, system_clock())
+            seen = self._ledger.entries if self.opened else ()
+            check_in_force(self.policy, system_clock(), seen)
             agree(self.policy, asked_of(self._plan, self._site, self.terms, self.published))
-        if self.terms is None:
-            return
-        if unsigned := sum(not head.holds for head in heads):
-            raise ArtefactError(f"the order names {unsigned} ledger heads that nobody signed")
-        ledger = self._kept.read(self._caps)
-        ledger.check_witnessed(self._site.name, heads)
-        self._opened = ledger
-        if self.policy is not None:
-            check_in_force(self.policy, system_clock(), self._ledger.entries)
 
     def check_affordable(self) -> None:
         """Raises ``BudgetExceeded`` if the run's remaining steps would pass the cap on everything."""
@@ -270,12 +269,16 @@ class Account:
             self._ledger.record(EntryType.plan, self._context, detail, STAGE)
 
     def refuse(self, error: WardroundError) -> None:
-        """Book a refusal of the plan, by its code and field, if there is a ledger that holds."""
+        """Book a refusal of the plan, by its code and field, if there is a ledger that takes it.
+
+        It stands in any case: one whose clock has gone back, or whose disk is full, takes nothing.
+        """
         if self.opened:
             field = error.field if isinstance(error, PolicyRefusal) else ""
-            self._ledger.record(
-                EntryType.refuse, self._context, {"code": error.border_code, "field": field}, STAGE
-            )
+            with suppress(PolicyRefusal, ArtefactError, LedgerBroken):
+                self._ledger.record(
+                    EntryType.refuse, self._context, {"code": error.border_code, "field": field}, STAGE
+                )
 
     @property
     def taken(self) -> int:

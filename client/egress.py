@@ -73,6 +73,8 @@ class Egress:
     Args:
         variant: of the plan's, the one that the site agreed to train; None: the first.
         account: where a private plan is booked; None: it has none, and only its own refusal leaves.
+        witnessed: whether the ledger's head goes along. Not with a refusal, which is the same bytes whatever
+            the site's ledger holds.
     """
 
     def __init__(
@@ -82,12 +84,14 @@ class Egress:
         plan: RunPlan,
         variant: Variant | None = None,
         account: Account | None = None,
+        witnessed: bool = True,
     ) -> None:
         self.site = site
         self.receipts = folder / RECEIPTS
         self.plan = plan
         self.variant = variant or plan.variants[0]
         self.account = account
+        self._witnessed = witnessed
 
     def release_update(
         self, stage: Stage, round_index: int, update: AdapterUpdate, noised: Noised | None = None
@@ -164,7 +168,8 @@ class Egress:
             faults += _unpaid_faults(payload, paid)
         self._refuse(stage, faults, spec, 0 if faults else _json_bytes(payload))
         if self.account is None or not self.account.private:
-            self._write_numbers(stage, round_index, name, payload, NO_MECHANISM)
+            public = of is not None and not of  # nobody's: a word on a plan
+            self._write_numbers(stage, round_index, name, payload, PUBLIC if public else NO_MECHANISM)
             return payload
         if of:
             self.account.export(stage, of)
@@ -188,7 +193,7 @@ class Egress:
         COMMIT or CHECKPOINT, vouches for the receipts, of which the head's is one: it goes with the next.
         """
         listed = any(name.endswith(f"{HEAD}.hash") for name in spec.numbers)
-        if not listed or self.account is None or not self.account.private:
+        if not (listed and self._witnessed) or self.account is None or not self.account.private:
             return {}
         return {HEAD: asdict(self.account.signed_head())}
 

@@ -32,6 +32,12 @@ def keep_notice(folder: Path, order: Round) -> None:
         log.write(canonical_json(entry | {"notice": order.notice}) + "\n")
 
 
+def keep_refusal(folder: Path, stage: str, refusal: WardroundError) -> None:
+    """Append why this site said no to ``faults.log``: the server hears a code and a field alone."""
+    with (folder / FAULT_LOG).open("a", encoding="utf-8") as log:
+        log.write(f"--- {datetime.now(UTC).isoformat()} {stage} refused, {refusal.border_code}\n{refusal}\n")
+
+
 def keep_fault(address: str, action: str, error: BaseException) -> None:
     """Append the full text to ``faults.log`` in the site's folder, or to stderr where there is none.
 

@@ -16,7 +16,7 @@ import client.workshop as workshop
 from client.account import MECHANISM, Account, MetricCharge, OpenLedger
 from client.deadline import Deadline
 from client.egress import Egress, Noised
-from client.faults import border_answer, keep_notice
+from client.faults import border_answer, keep_notice, keep_refusal
 from client.limits import refuse_inbound
 from client.manifest_rows import read_manifest
 from client.patients import Patient, Split, of_split
@@ -70,10 +70,12 @@ class Guard:
             account.begin()
         except (PolicyRefusal, BudgetExceeded, LedgerBroken) as refusal:
             answer = PlanAnswer(self.site.name, False, plan.digest, *border_answer(refusal))
+            keep_refusal(self.site.folder, order.stage, refusal)
             if account is not None:
                 account.refuse(refusal)
         known = account if account is not None and account.opened else None
-        egress = Egress(self.site.name, self.site.folder, plan, account=known)  # of no variant: may have none
+        # Of no variant, for there may be none.
+        egress = Egress(self.site.name, self.site.folder, plan, account=known, witnessed=answer.agrees)
         about = (order.stage, order.index, "answer")
         return _as_sent(PlanAnswer, egress.release_numbers(*about, asdict(answer), of=()))
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from secrets import token_hex
 from types import MappingProxyType
 from typing import Any
 
@@ -38,6 +39,7 @@ from common.privacy.members import Members, Moves
 from common.privacy.witness import ROLLED_BACK, chain_keys, heads_of, witness_faults
 
 RECEIPTS = "receipts.jsonl"
+NONCE_BYTES = 16  # in every entry: its hash travels, and without them its few secrets could be tried out
 REPORTED_DELTAS = (1e-3, 1e-5)
 _NOWHERE, _NOBODY, _NOTHING = Context(), Cohort(), MappingProxyType[str, Any]({})
 _RECORDS = (EntryType.policy, EntryType.plan, EntryType.refuse, EntryType.audit, EntryType.checkpoint)
@@ -281,7 +283,7 @@ class Ledger:
             stage=stage,
             payload=rest.get("payload", []),
             epsilon_after={},
-            detail={**rest.get("detail", {}), **receipts_anchor(self.folder)},
+            detail={**rest.get("detail", {}), **receipts_anchor(self.folder), **_nonce()},
         )
         entry = sealed(replace(entry, epsilon_after=self._after(entry)), self._journal.keys.signer)
         self._journal.append(entry)
@@ -327,6 +329,10 @@ class Ledger:
         detail = {**rest.get("detail", {}), "settles": reserved.seq}
         entry = self._append(kind, context, reserved.stage, events=executed, rest={**rest, "detail": detail})
         return entry.seq
+
+
+def _nonce() -> dict[str, str]:
+    return {"nonce": token_hex(NONCE_BYTES)}
 
 
 def receipts_anchor(folder: Path) -> dict[str, Any]:

@@ -177,7 +177,8 @@ def _other_order(plan: RunPlan) -> Round:
     return replace(order(plan, Stage.adapt), plan_sha256=more_epsilon(plan).digest)
 
 
-# What a courier may call that was changed to get something out without noise; the last three cost a step.
+# What a courier may call that was changed to get something out without noise. Orders of another stage cost a
+# step, for the guard looks at the stage when the noised step is about to leave.
 VERBS: tuple[Callable[[Guard, RunPlan], object], ...] = (
     lambda guard, plan: _agrees(guard, replace(plan, privacy=PrivacyConfig())),
     lambda guard, plan: _agrees(guard, replace(plan, privacy=replace(plan.privacy, noise_multiplier=1e-3))),
@@ -192,7 +193,7 @@ VERBS: tuple[Callable[[Guard, RunPlan], object], ...] = (
     lambda guard, plan: guard.adapt(order(plan, Stage.student), start(plan)),
     lambda guard, plan: guard.adapt(order(plan, Stage.adapt), _not_finite(start(plan))),
 )
-COSTING = 3
+COSTING = 2
 
 
 def item_25(rounds: int) -> Verdict:

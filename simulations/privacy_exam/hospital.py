@@ -11,7 +11,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import client.site as site_module
-from client.guard import Guard
+from client.guard import Guard, open_guard
 from client.site import Site
 from common.adapter import Adapter
 from common.config import load_recipe, save_site
@@ -125,6 +125,8 @@ class Records:
         self._files = {path: path.read_bytes() for path in home.iterdir() if path.is_file()}
 
     def restore(self) -> None:
+        """As if nothing had happened since; no guard of this process remembers it either."""
+        open_guard.cache_clear()
         for path in self._home.iterdir():
             if path.is_file() and path not in self._files:
                 path.unlink()

@@ -122,12 +122,12 @@ def item_26(count: int, seed: int = 0) -> Verdict:
         faults = _faulty_answers(Path(name) / "faulty", plan)
     figure = (
         f"bytes alike in {sum(alike)} of {len(alike)} kinds, {len(faults)} faults of data in "
-        f"{len(set(faults))} answer; time p {likely[0]:.3f} (policy), {likely[1]:.3f} (budget); "
-        f"{likely[2]:.0e} once data are read"
+        f"{len(set(faults))} answer; time p {likely[0]:.3f} (policy), {likely[1]:.3f} (budget), "
+        f"{likely[2]:.3f} (too few declared)"
     )
-    passed = all(alike) and len(set(faults)) == 1 and min(likely[:2]) > 1e-3
+    passed = all(alike) and len(set(faults)) == 1 and min(likely) > 1e-3
     asked = f"{count} refusals with and without one patient"
-    return Verdict("26", asked, figure, "identical; p > 0.001 before data", passed)
+    return Verdict("26", asked, figure, "identical; p > 0.001", passed)
 
 
 def _compare(
@@ -159,7 +159,7 @@ def asked_by_courier(home: Path, plan: RunPlan) -> bytes:
 
 
 def _faulty_answers(folder: Path, plan: RunPlan) -> list[bytes]:
-    """What leaves where an image is damaged, a mask is missing, the manifest is, and nobody is labelled."""
+    """What leaves where an image is damaged, a mask is missing, and the manifest is."""
     answers = []
     for number, spoil in enumerate(SPOILED):
         home = make_home(folder / str(number))
@@ -168,15 +168,8 @@ def _faulty_answers(folder: Path, plan: RunPlan) -> list[bytes]:
     return answers
 
 
-def _unlabel(data: Path) -> None:
-    lines = [line.split(",") for line in (data / "manifest.csv").read_text().splitlines()]
-    bare = [lines[0], *([image, "", *rest] for image, _, *rest in lines[1:])]
-    (data / "manifest.csv").write_text("\n".join(",".join(line) for line in bare) + "\n")
-
-
 SPOILED: tuple[Callable[[Path], object], ...] = (
     lambda data: (data / "images" / "p000-0.png").write_bytes(b"\x89PNG, and no more"),
     lambda data: (data / "masks" / "p001-0.png").unlink(),
     lambda data: (data / "manifest.csv").unlink(),
-    _unlabel,
 )

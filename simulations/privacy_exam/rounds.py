@@ -21,6 +21,7 @@ from common.adapter import Adapter, AdapterUpdate
 from common.config import load_recipe
 from common.errors import FederationError
 from common.plan import RunPlan, Stage
+from common.privacy.heads import SignedHead
 from common.recipe import AGGREGATION_RULES, FIXED_A_RULES, Recipe
 from server.phases import Walk
 from server.planning import build_plan
@@ -63,15 +64,19 @@ def rule_recipe(rule: str, robust: str) -> Recipe:
 def _answering(recipe: Recipe, refused: int | None = None) -> Courier:
     """A courier that agrees as its guard does, then answers zeros, and in round ``refused`` refuses."""
     plan = build_plan(recipe, "zeros")
+    heads: dict[int, SignedHead | None] = {}  # of the nodes' ledgers, as they said when they agreed
 
     def carry(message: wire.Message, context: Any) -> wire.Message:
         if message.metadata.message_type != wire.ACTIONS[Stage.adapt]:
             reply: wire.Message = honest(message, context)
+            if message.metadata.message_type == wire.ACTIONS[Stage.propose]:
+                heads[message.metadata.dst_node_id] = wire.decode_answer(reply.content).ledger_head
             return reply
         order = wire.decode_order(message.content)
         if order.index == refused:
             return wire.reply_message(wire.encode_refusal("REFUSED_LOCAL"), message)
         update = _zeros(plan, order.index, wire.decode_adapter(message.content))
+        update = replace(update, ledger_head=heads[message.metadata.dst_node_id])
         return wire.reply_message(wire.encode_update(order, update), message)
 
     return carry

@@ -28,6 +28,7 @@ from common.adapter import Adapter, AdapterUpdate
 from common.guard_api import Metric, PlanAnswer, SiteCounts, SiteMetrics, StudentNote
 from common.plan import Stage
 from common.precision import pack
+from common.privacy.heads import SignedHead
 from simulations.loopback import FIRST_NODE_ID
 from simulations.privacy_exam.hospital import order, private_recipe
 from simulations.privacy_exam.verdict import Verdict
@@ -84,7 +85,9 @@ def strange_parts(watched: Watched) -> int:
             plan = watched.plan
             own = plan.variants[0]
             public = PlanAnswer(site, True, plan.digest, preset=own.preset, rank=own.rank)
-            strange += set(content) != {"body"} or wire.decode_answer(content) != public
+            answer = wire.decode_answer(content)
+            strange += set(content) != {"body"} or replace(answer, ledger_head=None) != public
+            strange += not _is_head(answer.ledger_head)
         else:
             strange += stage is not Stage.student or not _is_public_note(watched, site, content)
     return strange + len(list(steps))
@@ -100,6 +103,7 @@ def _is_step(watched: Watched, request: wire.Content, content: wire.Content, mad
     return (
         keys == {"body", "adapter", "adapter.head"}
         and nonce == asked.nonce
+        and _is_head(update.ledger_head)
         and (update.weight, update.started_from, update.mechanism) == (DECLARED, sent.digest, MECHANISM)
         and all(loss != loss for loss in update.losses)
         and update.adapter.tensors.keys() == wanted.keys()
@@ -112,8 +116,14 @@ def _is_public_note(watched: Watched, site: str, content: wire.Content) -> bool:
     name, data = watched.plan.student.name, watched.plan.data
     params = sum(part.numel() for part in build_student(name, data, False, 0).parameters())
     public = StudentNote(site, name, params, "", 0.0, 0.0, 0, 0, 0)
-    note = replace(wire.decode_note(content), latency_ms=0.0, teacher_latency_ms=0.0)
-    return set(content) == {"body"} and note == public
+    sent = wire.decode_note(content)
+    note = replace(sent, latency_ms=0.0, teacher_latency_ms=0.0, ledger_head=None)
+    return set(content) == {"body"} and note == public and _is_head(sent.ledger_head)
+
+
+def _is_head(head: SignedHead | None) -> bool:
+    """Whether it is a count of entries, the hash of one, which has 128 random bits in it, and a signature."""
+    return head is not None and head.holds
 
 
 # --- the bytes ----------------------------------------------------------------------------------------

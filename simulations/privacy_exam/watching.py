@@ -53,6 +53,9 @@ class RecordingGrid(LoopbackGrid):
         return numbers
 
 
+REHEARSED = {"weight"}  # what a step of the rehearsal before a run is of: made up, and sent nowhere
+
+
 @dataclass
 class Inside:
     """What stays at the sites of a run, as the code had it in its hands.
@@ -134,6 +137,10 @@ def watching(inside: Inside) -> Iterator[None]:
 
         stack.enter_context(patch.object(owner, name, noted))
 
+    def keep_step(found: dict[str, Tensor]) -> None:
+        if found.keys() != REHEARSED:
+            inside.made.append(found)
+
     def keep_rows(*tensors: Tensor) -> None:
         inside.rows += [row for tensor in tensors if (row := _row(tensor)) is not None]
 
@@ -148,7 +155,7 @@ def watching(inside: Inside) -> Iterator[None]:
         note(Randomness, "__init__", lambda _, key: inside.keys.append(key), before=True)
         note(Randomness, "normals", keep_rows)
         note(ClippedSum, "__call__", keep_rows)
-        note(PrivateGradient, "step", inside.made.append)
+        note(PrivateGradient, "step", keep_step)
         hook = register_optimizer_step_post_hook(keep_state)
         stack.callback(hook.remove)
         yield

@@ -20,6 +20,7 @@ import client.workshop as workshop
 from client.account import MECHANISM, Account
 from client.dp.randomness import SeededRandomness
 from client.egress import Egress, EgressRefusal, Noised
+from client.faults import FAULT_LOG
 from client.private_adaptation import learning_rate, private_step
 from client.site import Site
 from common.adapter import AdapterUpdate
@@ -332,6 +333,10 @@ def test_a_plan_against_the_policy_is_refused_before_any_data_file_is_opened(
     assert (answer.agrees, answer.code, answer.field) == (False, code, field)
     assert str(home / "policy.json") in opened, "the hook sees what is opened"
     assert not any((home / "data") in Path(name).parents for name in opened)
+    assert f"propose refused, {code}" in (home / FAULT_LOG).read_text(), "the site's own people read why"
+    if code != "REFUSED_LEDGER" and field != "officer":  # whose policy is unknown has no plan to book
+        booked = entries(home, EntryType.refuse)[-1].detail
+        assert (booked["code"], booked["field"]) == (code, field)
 
 
 def test_a_policy_that_runs_out_between_rounds_stops_them(home: Path, plan: RunPlan) -> None:

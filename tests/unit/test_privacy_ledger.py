@@ -116,7 +116,8 @@ def test_a_refusal_is_on_record_and_spends_nothing(tmp_path: Path) -> None:
     assert caught.value.exit_code == 21
     assert "12" not in str(caught.value), "no count of patients"
     assert ledger.entries[-1].type is EntryType.refuse
-    assert ledger.entries[-1].detail == {"code": "REFUSED_BUDGET", "field": "max_epsilon_per_run"}
+    booked = ledger.entries[-1].detail
+    assert (booked["code"], booked["field"]) == ("REFUSED_BUDGET", "max_epsilon_per_run")
     assert ledger.entries[-1].epsilon_after == ledger.entries[-2].epsilon_after
     ledger.reserve(Context("another run"), "adapt", PATIENTS, STEP)
 
@@ -248,3 +249,11 @@ def test_merging_needs_two_different_patients_of_whom_one_is_known(ledger: Ledge
     ledger.merge("new id", PATIENTS[0])
     ledger.reserve(RUN, "adapt", ["new id"], STEP)
     assert ledger.epsilon(1e-5) == pytest.approx(epsilon(STEP * 2, 1e-5), rel=1e-3)
+
+
+def test_every_entry_has_random_bits_so_that_its_hash_tells_nothing(ledger: Ledger) -> None:
+    for _ in range(3):
+        ledger.record(EntryType.checkpoint, Context(), {})
+    nonces = [entry.detail["nonce"] for entry in ledger.entries]
+    assert len(set(nonces)) == len(nonces)
+    assert {len(bytes.fromhex(nonce)) for nonce in nonces} == {16}
