@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from client.patients import Patient, Sample, Split
 from common import checkpoints
@@ -21,6 +22,8 @@ from common.plan import RunPlan
 from common.recipe import Recipe
 
 torch.set_num_threads(1)
+settings.register_profile("wardround", deadline=None)  # a busy machine is no fault
+settings.load_profile("wardround")
 
 
 @pytest.fixture(scope="session")

@@ -150,9 +150,11 @@ def item_13(steps: int, seed: int | None = None) -> Verdict:
 def _charges_for_nobody() -> bool:
     """Whether a hospital books a round to which nobody came like any other, and sends its noise."""
     plan = private_plan()
-    with tempfile.TemporaryDirectory() as name, patch.object(PoissonSampler, "draw", lambda *_: []):
+    with tempfile.TemporaryDirectory() as name:
         home = make_home(Path(name))
-        update = agreed(home, plan).adapt(order(plan, Stage.adapt), start(plan))
+        guard = agreed(home, plan)  # before: its rehearsal finds a sampler that draws nobody
+        with patch.object(PoissonSampler, "draw", lambda *_: []):
+            update = guard.adapt(order(plan, Stage.adapt), start(plan))
         booked = [entry.listed() for entry in entries(home, EntryType.reserve)]
         left = len(entries(home, EntryType.commit))
     terms = privacy_plan(plan.privacy, DECLARED)

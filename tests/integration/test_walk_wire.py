@@ -16,7 +16,7 @@ import server.collect
 from common import wire
 from common.adapter import Adapter
 from common.config import load_run_config, save_run_config
-from common.errors import ArtefactError, DeadlinePassed, FederationError, WardroundError
+from common.errors import ArtefactError, DeadlinePassed, FederationError, PolicyRefusal, WardroundError
 from common.plan import Round, Stage
 from common.precision import pack_down
 from common.recipe import (
@@ -181,7 +181,8 @@ def test_a_round_that_every_site_fails_ends_the_run_and_can_be_made_again(tmp_pa
     """Whether the sites refuse, or the server refuses what they send."""
     whole = Consortium(tmp_path / "whole", recipe()).go()
     consortium = Consortium(tmp_path / "failed", recipe(), {site: {"adapt:1": wrong} for site in SITES})
-    with pytest.raises(FederationError, match="stage adapt, round 1: 0 site") as caught:
+    kind = PolicyRefusal if wrong == "refuse" else FederationError
+    with pytest.raises(kind, match="stage adapt, round 1: 0 site") as caught:
         consortium.go()
     assert len(caught.value.faults) == len(SITES)
     for site in SITES:
