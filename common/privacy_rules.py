@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from common.recipe import (
     PERSONAL_RULES,
+    CohortConfig,
     DecoderTraining,
     GeneratorScope,
     PrivacyConfig,
@@ -36,8 +37,13 @@ def privacy_faults(recipe: Recipe) -> Iterator[Fault]:
     yield from _site_faults(recipe)
 
 
-def declared_patients(site: SiteConfig) -> int | None:
-    """The patients that a simulated site declares; None: it does not."""
+def declared_patients(site: SiteConfig, cohort: CohortConfig | None = None) -> int | None:
+    """The patients that a simulated site declares; None: it does not.
+
+    A site of a cohort declares its labelled images: as many patients, or more than it has.
+    """
+    if cohort is not None:
+        return cohort.labelled
     return site.patients or (site.phantom.train_patients if site.phantom else None)
 
 
@@ -72,10 +78,9 @@ def _stage_faults(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _site_faults(recipe: Recipe) -> Iterator[Fault]:
-    if recipe.cohort:
-        yield Fault("cohort", "its sites declare no number of patients", "name sites, each with patients")
-    for index, site in enumerate(recipe.sites):
-        patients = declared_patients(site)
+    sites = recipe.sites if recipe.cohort is None else [SiteConfig("a site of the cohort")]
+    for index, site in enumerate(sites):
+        patients = declared_patients(site, recipe.cohort)
         if patients is None:
             what = "a private run divides by a number of patients that is public"
             yield Fault(f"sites[{index}].patients", what, "declare the labelled ones that train")

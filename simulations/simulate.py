@@ -86,7 +86,7 @@ def prepare_sites(recipe: Recipe, folder: Path) -> list[str]:
                 raise DataError(f"site {name}: {manifest} does not exist; mend sites.{name}.manifest")
         said = SiteFile(name, str(manifest), site.student, site.adapter, site.rank, recipe.policy)
         if recipe.privacy.asked:
-            said = replace(said, patients=declared_patients(site))
+            said = replace(said, patients=declared_patients(site, recipe.cohort))
             _open_ledger(home, name, recipe.privacy.delta)
         save_site(said, home / "site.yaml")
     return sorted(configs)
