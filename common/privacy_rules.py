@@ -55,7 +55,7 @@ def _training_faults(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(f"{key}.adapter", f"{adapter} is not trained with differential privacy", fix)
     if recipe.teacher.decoder is DecoderTraining.lora:
         what = "factors A and B both trained multiply their noise"
-        yield Fault("teacher.decoder", what, "take full or head; with adapter dp also frozen")
+        yield Fault("teacher.decoder", what, "take full, shallow or head; with adapter dp also frozen")
     if recipe.teacher.cached_views:
         what = "a private run keeps one view of every image by itself"
         yield Fault("teacher.cached_views", what, "leave it 0")

@@ -20,7 +20,7 @@ HONEST = [*PRIVATE, "privacy.release_metrics=false", "generator.scope=none"]
 NOT_COVERED = [
     (["teacher.adapter=base"], "teacher.adapter", "take teacher.adapter=decoder, or dp"),
     (["sites.west.adapter=norm"], "sites[1].adapter", "take teacher.adapter=decoder, or dp"),
-    (["teacher.decoder=lora"], "teacher.decoder", "take full or head"),
+    (["teacher.decoder=lora"], "teacher.decoder", "take full, shallow or head"),
     (["teacher.cached_views=8"], "teacher.cached_views", "leave it 0"),
     (["aggregation.rule=dual"], "aggregation.rule", "take exact_split"),
     (["generator.scope=federated"], "generator.scope", "take none"),
