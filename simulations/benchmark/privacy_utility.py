@@ -95,7 +95,8 @@ class Row:
 
     def __str__(self) -> str:
         noise = "no noise" if self.epsilon is None else f"epsilon {self.epsilon:g}"
-        return f"{noise}, {self.steps or 'the recipe’s'} steps, {self.patients or 'all'} patients a site"
+        steps = "the recipe’s" if self.steps is None else self.steps
+        return f"{noise}, {steps} steps, {self.patients or 'all'} patients a site"
 
 
 @dataclass(frozen=True)

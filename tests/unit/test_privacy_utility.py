@@ -1,9 +1,8 @@
-"""The study of what privacy costs: its noised teacher is that of private rounds, its rows do what they say."""
+"""The study of what privacy costs: its noised teacher is that of private rounds, a row does what it says."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -78,7 +77,7 @@ def test_a_row_is_read_from_its_text() -> None:
 
 @pytest.mark.parametrize("text", ["none", "eight", "8:1:1:1", "8:few"])
 def test_a_text_that_is_no_row_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="EPSILON:STEPS:RATE|for how many steps"):
+    with pytest.raises(UsageError, match=r"EPSILON:STEPS:RATE|for how many steps"):
         Row.parse(text)
 
 
@@ -91,4 +90,5 @@ def test_what_is_lost_is_lost_to_the_best_row_without_noise() -> None:
     cells += [cell(private, 0, 0.7, 0.9), cell(private, 1, 0.76, 0.9)]
     lines = table(cells).splitlines()
     assert lines[2].startswith("| none | 400 | 80 | 0.0100 | 0.850 | 0.000 | 0.800 |")
-    assert lines[4].startswith("| 8 | 400 | 80 | 0.0100 | 0.815 (0.800 0.830) | 0.035 | 0.730 (0.700 0.760) |")
+    lost = "0.815 (0.800 0.830) | 0.035 | 0.730 (0.700 0.760)"
+    assert lines[4].startswith(f"| 8 | 400 | 80 | 0.0100 | {lost} |")
