@@ -14,6 +14,7 @@ from common.privacy.published import CLEAR_SCALE, PublishedMetrics
 from common.recipe import (
     PERSONAL_RULES,
     PINNED_A_RULES,
+    CohortConfig,
     DecoderTraining,
     GeneratorScope,
     PrivacyConfig,
@@ -58,8 +59,13 @@ def privacy_notes(recipe: Recipe) -> Iterator[str]:
             )
 
 
-def declared_patients(site: SiteConfig) -> int | None:
-    """The patients that a simulated site declares; None: it does not."""
+def declared_patients(site: SiteConfig, cohort: CohortConfig | None = None) -> int | None:
+    """The patients that a simulated site declares; None: it does not.
+
+    A site of a cohort declares its labelled images: as many patients, or more than it has.
+    """
+    if cohort is not None:
+        return cohort.labelled
     return site.patients or (site.phantom.train_patients if site.phantom else None)
 
 
@@ -76,7 +82,9 @@ def _training_faults(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(f"{key}.adapter", f"{adapter} is not trained with differential privacy", fix)
     if recipe.teacher.decoder is DecoderTraining.lora and recipe.teacher.adapter not in B_ALONE_PRESETS:
         what = "factors A and B both trained multiply their noise"
-        yield Fault("teacher.decoder", what, "take full or head; adapter dp trains B alone, also there")
+        yield Fault(
+            "teacher.decoder", what, "take full, shallow or head; adapter dp trains B alone, also there"
+        )
     if recipe.teacher.cached_views:
         what = "a private run keeps one view of every image by itself"
         yield Fault("teacher.cached_views", what, "leave it 0")
@@ -121,10 +129,9 @@ def _stage_faults(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _site_faults(recipe: Recipe) -> Iterator[Fault]:
-    if recipe.cohort:
-        yield Fault("cohort", "its sites declare no number of patients", "name sites, each with patients")
-    for index, site in enumerate(recipe.sites):
-        patients = declared_patients(site)
+    sites = recipe.sites if recipe.cohort is None else [SiteConfig("a site of the cohort")]
+    for index, site in enumerate(sites):
+        patients = declared_patients(site, recipe.cohort)
         if patients is None:
             what = "a private run divides by a number of patients that is public"
             yield Fault(f"sites[{index}].patients", what, "declare the labelled ones that train")

@@ -97,6 +97,7 @@ class WireDtype(StrEnum):
 class DecoderTraining(StrEnum):
     full = "full"  # every weight of the decoder travels
     lora = "lora"  # factors on its convolutions, and the head as it is
+    shallow = "shallow"  # all but what takes the encoder's maps in, which hardly learns and takes noise
     head = "head"  # the last layer alone
     frozen = "frozen"
 

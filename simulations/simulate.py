@@ -100,7 +100,8 @@ def prepare_sites(recipe: Recipe, folder: Path) -> list[str]:
                 raise DataError(f"site {name}: {manifest} does not exist; mend sites.{name}.manifest")
         said = SiteFile(name, str(manifest), site.student, site.adapter, site.rank, recipe.policy)
         if recipe.privacy.asked:
-            said = replace(said, patients=declared_patients(site), test_patients=declared_test_patients(site))
+            trained = declared_patients(site, recipe.cohort)
+            said = replace(said, patients=trained, test_patients=declared_test_patients(site))
             _open_ledger(home, name, recipe.privacy.delta)
         if site.signed_policy is not None and site.officer_key is not None:
             said = replace(said, officer_key=_take_policy(home, site.signed_policy, site.officer_key))

@@ -12,6 +12,7 @@ from common.tuning.bottleneck import insert_bottlenecks
 from common.tuning.presets import PRESETS, Kind, Preset
 
 HEAD = "head"  # the decoder's output layer
+INTAKE = ("project.", "laterals.", "joins.")  # what of the decoder takes the encoder's maps in
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def _in_decoder(decoder: nn.Module, training: DecoderTraining) -> tuple[list[str
         return [], []
     if training is DecoderTraining.full:
         return [], names
+    if training is DecoderTraining.shallow:
+        return [], [name for name in names if not name.startswith(INTAKE)]
     if training is DecoderTraining.head:
         return [], head
     layers = [

@@ -144,6 +144,12 @@ class TestDecoderTraining:
             "decoder.head.weight", "decoder.head.bias",
         }  # fmt: skip
 
+    def test_shallow_trains_all_but_what_takes_the_encoders_maps_in(self) -> None:
+        full, shallow = self.trained(DecoderTraining.full), self.trained(DecoderTraining.shallow)
+        left = {name.split(".")[1] for name in full - shallow}
+        assert shallow < full
+        assert left == {"project", "laterals", "joins"}
+
     def test_lora_trains_factors_of_the_convolutions_and_the_head_as_it_is(self) -> None:
         found = self.trained(DecoderTraining.lora) - self.trained(DecoderTraining.frozen)
         assert {"decoder.head.weight", "decoder.head.bias", "decoder.fine.0.lora_A"} <= found

@@ -10,7 +10,7 @@ from common.config import CONFIG_DIR, list_recipes, load_recipe
 from common.recipe import Recipe
 
 RECIPES = sorted(path for path in CONFIG_DIR.glob("*.yaml") if path.stem != "base")
-REAL_IMAGES = {"retina": ["CHASE_DB1", "HRF"], "nuclei": ["DSB2018_96"]}
+REAL_IMAGES = {"retina": ["CHASE_DB1", "HRF"], "nuclei": ["DSB2018_96"], "nuclei-dp": ["DSB2018_96"]}
 
 
 @pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
@@ -24,7 +24,8 @@ def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Recipe:
 
 
 def test_every_recipe_was_found() -> None:
-    assert {path.stem for path in RECIPES} >= {"demo", "five", "nuclei", "retina", "smoke"}
+    known = {"demo", "five", "nuclei", "nuclei-dp", "phantom-dp", "retina", "smoke"}
+    assert {path.stem for path in RECIPES} >= known
     assert [path.stem for path in RECIPES] == [name for name, _ in list_recipes()]
     assert sorted(path.name for path in CONFIG_DIR.rglob("*.y*ml")) == sorted(
         [*(path.name for path in RECIPES), "base.yaml"]
@@ -41,9 +42,9 @@ def test_a_recipe_has_enough_sites(recipe: Recipe) -> None:
     assert planned >= recipe.run.min_sites >= 2
 
 
-def test_a_recipe_claims_no_privacy_that_this_version_does_not_have(recipe: Recipe) -> None:
-    assert recipe.privacy.epsilon is None
-    assert recipe.privacy.noise_multiplier is None
+def test_a_recipe_is_private_if_and_only_if_its_name_says_so(recipe: Recipe) -> None:
+    assert recipe.privacy.asked == recipe.name.endswith("-dp")
+    assert recipe.privacy.withheld == recipe.privacy.asked, "what is measured on patients would leave"
 
 
 def test_a_recipe_compares_with_the_student_that_no_other_site_helped(recipe: Recipe) -> None:

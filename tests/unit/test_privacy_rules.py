@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from common.config import load_recipe
 from common.errors import ConfigError
 from common.plan import Stage
+from common.privacy_rules import declared_patients
+from common.recipe import SiteConfig
 from server.planning import build_plan
 
 PRIVATE = ["teacher.adapter=decoder", "privacy.noise_multiplier=1", "privacy.steps=4"]
@@ -16,7 +20,7 @@ HONEST = [*PRIVATE, "privacy.release_metrics=false", "generator.scope=none"]
 NOT_COVERED = [
     (["teacher.adapter=base"], "teacher.adapter", "take teacher.adapter=decoder, or dp"),
     (["sites.west.adapter=norm"], "sites[1].adapter", "take teacher.adapter=decoder, or dp"),
-    (["teacher.decoder=lora"], "teacher.decoder", "take full or head"),
+    (["teacher.decoder=lora"], "teacher.decoder", "take full, shallow or head"),
     (["teacher.adapter=dp"], "aggregation.rule", "take ffa"),
     (["teacher.adapter=dp", "aggregation.rule=fedsvd"], "aggregation.rule", "take ffa"),
     (["teacher.adapter=dp", "aggregation.rule=ffa", "teacher.rank=17"], "teacher.rank", "take 16 at most"),
@@ -51,6 +55,15 @@ def test_a_site_without_phantoms_must_declare_its_patients() -> None:
     real = ["sites.west.phantom=null", "sites.west.manifest=list.csv"]
     with pytest.raises(ConfigError, match=r"sites\[1\]\.patients"):
         load_recipe("smoke", [*PRIVATE, *real])
+
+
+def test_the_sites_of_a_cohort_declare_their_labelled_images(tmp_path: Path) -> None:
+    (tmp_path / "DSB2018_96").mkdir()
+    (tmp_path / "DSB2018_96" / "index.csv").touch()
+    recipe = load_recipe("nuclei-dp", [f"data.root={tmp_path}"])
+    assert declared_patients(SiteConfig("site-1"), recipe.cohort) == 130
+    with pytest.raises(ConfigError, match="130 patients of a site of the cohort"):
+        load_recipe("nuclei-dp", [f"data.root={tmp_path}", "privacy.delta=0.01"])
 
 
 @pytest.mark.parametrize("adapter", ["decoder", "dp"])
