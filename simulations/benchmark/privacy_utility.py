@@ -214,8 +214,8 @@ def noised(sites: Sites, sources: dict[str, Randomness]) -> tuple[Adapter, float
                 slots.write(sent)
                 rate = learning_rate(plan, index)
                 step = replace(sent, tensors={k: -rate * g for k, g in mechanism.step(index).items()})
-                arrived = unpack(pack(step, plan.aggregation.wire_dtype))
-                rule.fold(name, AdapterUpdate(arrived, float(mechanism.terms.patients), sent.digest))
+                trained = sent.advanced(unpack(pack(step, plan.aggregation.wire_dtype)))
+                rule.fold(name, AdapterUpdate(trained, float(mechanism.terms.patients), sent.digest))
             rule.close_round()
     return rule.global_adapter(), max(one.terms.noise_per_coordinate for one in mechanisms.values())
 
