@@ -84,7 +84,8 @@ def list_recipes() -> list[tuple[str, str]]:
 
 
 def recipe_files() -> list[Path]:
-    return [path for path in sorted(CONFIG_DIR.glob("*.yaml")) if path.stem != BASE]
+    found = (path for path in CONFIG_DIR.glob("*.yaml") if path.stem != BASE)
+    return sorted(found, key=lambda path: path.stem)
 
 
 def save_run_config(recipe: Recipe, path: Path) -> None:

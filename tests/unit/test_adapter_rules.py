@@ -14,7 +14,7 @@ from common.errors import ConfigError
         (["teacher.adapter=decoder", "teacher.decoder=frozen"], "teacher.adapter", "nothing is trained"),
         (["teacher.adapter=full", "teacher.rank=4"], "teacher.adapter", "it has no rank"),
         (["teacher.rank=0"], "teacher.rank", "0 is out of range; it must be at least 1"),
-        (["teacher.decoder=part"], "teacher.decoder", "choose from full, lora, head, frozen"),
+        (["teacher.decoder=part"], "teacher.decoder", "choose from full, lora, shallow, head, frozen"),
         (["sites.west.adapter=lit"], "sites[1].adapter", "there is no 'lit'; did you mean lite?"),
         (["sites.west.rank=0"], "sites[1].rank", "0 is out of range; it must be at least 1"),
         (["teacher.cached_views=4"], "teacher.adapter", "base trains the first blocks"),
