@@ -9,7 +9,7 @@ import pytest
 from common.config import CONFIG_DIR, list_recipes, load_recipe
 from common.recipe import Recipe
 
-RECIPES = sorted(path for path in CONFIG_DIR.glob("*.yaml") if path.stem != "base")
+RECIPES = sorted((p for p in CONFIG_DIR.glob("*.yaml") if p.stem != "base"), key=lambda path: path.stem)
 REAL_IMAGES = {"retina": ["CHASE_DB1", "HRF"], "nuclei": ["DSB2018_96"], "nuclei-dp": ["DSB2018_96"]}
 
 
