@@ -64,8 +64,12 @@ def read_public_key(path: Path) -> str:
         if re.fullmatch(r"[0-9a-f]{64}", text):
             return text
         key = serialization.load_pem_public_key(text.encode())
-    except (OSError, ValueError) as error:
-        raise ArtefactError(f"{path} is no public key: 64 hex digits, or PEM") from error
+    except OSError as error:
+        raise ArtefactError(
+            f"{path} cannot be read ({error.strerror}): name a public key (KEY.pub)"
+        ) from error
+    except ValueError as error:
+        raise ArtefactError(f"{path} is no public key: 64 hex digits, or PEM; name KEY.pub") from error
     if not isinstance(key, Ed25519PublicKey):
         raise ArtefactError(f"{path} is not an Ed25519 key")
     return key.public_bytes(_RAW, _PUBLIC_RAW).hex()
