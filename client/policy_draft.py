@@ -54,20 +54,16 @@ def draft_for(
         officer: name and public key.
 
     Raises:
-        ConfigError: something of the plan would leave without noise, which no policy allows.
-        PolicyRefusal: the site declares no patients.
+        ConfigError: something of the plan would leave without noise, which no policy allows, or the site
+            declares no patients.
+        PolicyRefusal: numbers would leave with noise, and the site declares no test patients, or too few.
     """
     if not plan.privacy.asked or site.declared is None:
         why = "asks for no noise" if not plan.privacy.asked else "needs patients in site.yaml"
         raise ConfigError(f"a policy lets nothing leave without noise, and this plan {why}")
     terms, published = privacy_plan(plan.privacy, site.declared), published_metrics(plan, site)
     asked = asked_of(plan, site, terms, published)
-    bare = [stage for stage in asked.sends if stage not in asked.noised]
-    if bare:
-        raise ConfigError(
-            "a policy lets nothing leave without noise, and in this plan something does",
-            [f"stage {stage}: {CURES.get(stage, 'leave the stage out')}" for stage in bare],
-        )
+    _refuse_bare(asked)
     usual = template(site.name, *officer, issued)
     draft = usual | {
         "delta": terms.delta,
@@ -86,6 +82,16 @@ def draft_for(
         limits = {"epsilon_each": published.epsilon_each, "min_patients": published.patients}
         draft["metrics"] = {"per_site": True, "allowed": list(asked.metrics), **limits}
     return draft, _cautions(usual, draft)
+
+
+def _refuse_bare(asked: Asked) -> None:
+    """Raises ``ConfigError`` naming each stage that sends what no mechanism made, and its cure."""
+    bare = [stage for stage in asked.sends if stage not in asked.noised]
+    if bare:
+        raise ConfigError(
+            "a policy lets nothing leave without noise, and in this plan something does",
+            [f"stage {stage}: {CURES.get(stage, 'leave the stage out')}" for stage in bare],
+        )
 
 
 def _rule(asked: Asked, stage: str) -> str:

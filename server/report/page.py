@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from common.pages import STYLE
 from common.pages import wording as words
+from common.pages.templates import template_environment
 from server.report import charts, reading, wording
 from server.report.acceptance import acceptance
 from server.report.comparison import Matrix, matrix_of, metrics_of, models_of
@@ -80,14 +81,7 @@ def render(report: RunReport) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = template_environment(HERE)
     own = ("model_name", "metric_name", "stage_name", "score", "interval", "tenth", "derived")
     environment.filters.update({name: getattr(wording, name) for name in own})
     shared = ("count", "small", "exact", "epsilon", "digest", "when", "listed")

@@ -9,10 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from common.pages import STYLE, wording
+from common.pages.templates import template_environment
 from common.privacy.report import charts
 
 HERE = Path(__file__).parent
@@ -62,14 +63,7 @@ def render(document: Document) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = template_environment(HERE)
     names = ("count", "exact", "digest", "when", "listed")
     environment.filters.update({name: getattr(wording, name) for name in names})
     return environment
