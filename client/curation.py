@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from client.distillation import TransferSet
+from client.transfer.sets import TransferSet
 from common.probability import masks_of, probabilities
 
 

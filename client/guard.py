@@ -1,7 +1,7 @@
 """The guard: it alone opens a site's data, and everything it answers goes through `client.egress`.
 
 In a deployment it is a process of the site's own; in a simulation it runs inside the courier's process, so
-the policy is advisory there and the report says so. The training itself is in `client.workshop`.
+the policy is advisory there and the report says so. The training is in `client.rounds` and `client.workshop`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import client.workshop as workshop
+import client.measuring as measuring
+import client.rounds as rounds
 from client.account import MECHANISM, Account, MetricCharge, OpenLedger
+from client.adaptation import Adaptation
 from client.deadline import Deadline
 from client.egress import Egress, Noised
 from client.faults import border_answer, keep_notice, keep_refusal
@@ -25,6 +27,7 @@ from client.publishing import keep, kept_metrics, lost_metrics
 from client.site import Site
 from client.style import summarise_style
 from client.witnesses import witness
+from client.workshop import Workshop
 from common import checkpoints
 from common.adapter import Adapter, AdapterUpdate
 from common.errors import ArtefactError, BudgetExceeded, DataError, PolicyRefusal
@@ -87,7 +90,7 @@ class Guard:
         if account.private:
             update, noised = self._noised_update(plan, order, adapter, account, train)
         else:
-            adaptation = workshop.adapt_teacher(self.site, plan, unpack(adapter), train, order)
+            adaptation = rounds.adapt_teacher(self.site, plan, unpack(adapter), train, order)
             update, noised = self._update(plan, adapter, adaptation, len(train)), None
         return self._egress(plan, account).release_update(order.stage, order.index, update, noised)
 
@@ -109,7 +112,7 @@ class Guard:
     def train_generator(self, order: Round, adapter: Adapter) -> AdapterUpdate:
         plan, account = self._heed(order, adapter)
         train = self._labelled(plan)
-        adaptation = workshop.adapt_generator(self.site, plan, unpack(adapter), train, order)
+        adaptation = rounds.adapt_generator(self.site, plan, unpack(adapter), train, order)
         update = self._update(plan, adapter, adaptation, len(train))
         return self._egress(plan, account).release_update(order.stage, order.index, update)
 
@@ -119,7 +122,7 @@ class Guard:
         plan, account = self._heed(order, adapter, *([] if generator is None else [generator]))
         train, deadline = of_split(self._patients(plan), Split.train), Deadline(order.deadline_s)
         shared = None if generator is None else unpack(generator)
-        note = workshop.Workshop(self.site, plan, unpack(adapter), styles, shared, train, deadline).run()
+        note = Workshop(self.site, plan, unpack(adapter), styles, shared, train, deadline).run()
         if plan.privacy.covered:  # the rest of the note is of the architecture, or counts no image
             note, train = replace(note, sha256=""), []
         egress = self._egress(plan, account)
@@ -205,9 +208,7 @@ class Guard:
     def _egress(self, plan: RunPlan, account: Account) -> Egress:
         return Egress(self.site.name, self.site.folder, plan, self.site.variant(plan), account)
 
-    def _update(
-        self, plan: RunPlan, sent: Adapter, trained: workshop.Adaptation, patients: int
-    ) -> AdapterUpdate:
+    def _update(self, plan: RunPlan, sent: Adapter, trained: Adaptation, patients: int) -> AdapterUpdate:
         step = trained.adapter.trained(trained.halves).step_from(unpack(sent))
         return AdapterUpdate(
             adapter=pack(step, plan.aggregation.wire_dtype),
@@ -220,7 +221,9 @@ class Guard:
         self, plan: RunPlan, order: Round, adapter: Adapter, everyone: Sequence[Patient]
     ) -> SiteMetrics:
         test = of_split(everyone, Split.test)
-        metrics = workshop.evaluate_models(self.site, plan, unpack(adapter), test, Deadline(order.deadline_s))
+        metrics = measuring.evaluate_models(
+            self.site, plan, unpack(adapter), test, Deadline(order.deadline_s)
+        )
         return SiteMetrics(self.site.name, count_patients(everyone), metrics)
 
     def _noised_metrics(
@@ -233,7 +236,7 @@ class Guard:
         if not paid.fresh:
             kept = kept_metrics(self.site.folder, plan)
             return kept or lost_metrics(self.site.name, plan, account.published), paid
-        cells = workshop.noised_metrics(self.site, plan, unpack(adapter), test, account.published)
+        cells = measuring.noised_metrics(self.site, plan, unpack(adapter), test, account.published)
         answer = SiteMetrics(self.site.name, None, cells)
         keep(self.site.folder, plan, answer)
         return answer, paid
@@ -244,7 +247,7 @@ class Guard:
         """One noised step, reserved before its first gradient; nothing beside it is measured on patients."""
         account.rehearse()  # of another build than agreed to the plan, if it was replaced since
         reservation = account.reserve(train)
-        made = workshop.private_teacher_step(self.site, plan, unpack(sent), train, order, reservation)
+        made = rounds.private_teacher_step(self.site, plan, unpack(sent), train, order, reservation)
         update = AdapterUpdate(
             adapter=pack(made.step, plan.aggregation.wire_dtype),
             weight=float(min(reservation.terms.patients, self.site.policy.max_weight)),

@@ -333,7 +333,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. ``baselines`` are names from `client.distillation.VARIANTS`, or ``local_teacher``."""
+    """A whole run. ``baselines`` are names from `client.variants.VARIANTS`, or ``local_teacher``."""
 
     name: str = ""
     description: str = ""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from client.egress import RECEIPTS
 from client.guard import count_patients
+from client.measuring import model_path
 from client.site import Site
-from client.workshop import model_path
 from common import checkpoints
 from common.adapter import Adapter
 from common.canonical import sha256_of_file

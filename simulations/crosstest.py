@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.evaluation import evaluate_patients, release_metrics
+from client.measuring import Forward, opened_models
 from client.patients import Patient, Split, of_split
 from client.site import Site
-from client.workshop import Forward, opened_models
 from common import progress
 from common.adapter import Adapter
 from common.guard_api import Metric

@@ -16,9 +16,9 @@ from PIL import Image
 from scipy.ndimage import binary_dilation, zoom
 
 from client.evaluation import predict
+from client.measuring import opened_models
 from client.patients import Patient, Sample, Split, of_split
 from client.site import Site
-from client.workshop import opened_models
 from common.adapter import Adapter
 from common.plan import RunPlan
 from server.report.schema import Picture

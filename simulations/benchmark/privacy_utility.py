@@ -30,11 +30,12 @@ from client.dp.mechanism import Execution, PrivateGradient
 from client.dp.randomness import Randomness, SeededRandomness
 from client.dp.tasks import segmentation_task
 from client.evaluation import Forward
+from client.measuring import model_path
 from client.patients import Patient, Split, of_split
 from client.private_adaptation import PHYSICAL_BATCH, learning_rate
 from client.site import Site
 from client.students import load_student
-from client.workshop import Workshop, model_path
+from client.workshop import Workshop
 from common.adapter import Adapter, AdapterUpdate
 from common.config import load_recipe
 from common.errors import UsageError, WardroundError

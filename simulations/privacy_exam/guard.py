@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-import client.workshop as workshop
+import client.rounds as rounds
 from client.account import MECHANISM, Account, privacy_plan
 from client.dp.mechanism import ClippedSum, Execution, PrivateGradient
 from client.dp.randomness import SystemRandomness
@@ -87,7 +87,7 @@ class PaidStep:
         self._account.begin()
         train, self._sent = _train(home, plan), start(plan)
         paid = self._account.reserve(train)
-        made = workshop.private_teacher_step(site, plan, self._sent, train, order(plan, Stage.adapt), paid)
+        made = rounds.private_teacher_step(site, plan, self._sent, train, order(plan, Stage.adapt), paid)
         self._packed = pack(made.step, plan.aggregation.wire_dtype)
         self._noised = Noised(paid, frozenset(made.step.tensors))
 

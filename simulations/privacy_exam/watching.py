@@ -21,9 +21,9 @@ from client.dp.mechanism import ClippedSum, PrivateGradient
 from client.dp.randomness import Randomness
 from client.dp.tasks import SegmentationTask
 from client.evaluation import evaluate_patients
+from client.measuring import opened_models
 from client.patients import Patient, Split, of_split
 from client.site import Site
-from client.workshop import opened_models
 from common import wire
 from common.adapter import Adapter
 from common.config import save_run_config

@@ -83,9 +83,9 @@ def test_flower_is_not_invited_to_rewrite_the_project_file() -> None:
 
 
 def test_the_names_in_the_recipe_are_those_of_the_registries() -> None:
-    from client.distillation import VARIANTS
     from client.students import STUDENTS
-    from client.workshop import LOCAL_TEACHER
+    from client.teachers import LOCAL_TEACHER
+    from client.variants import VARIANTS
     from common.teacher import HEADS
     from common.tuning.presets import PRESETS
     from server.aggregation import RULES

@@ -51,10 +51,10 @@ def test_only_the_guard_holds_the_exit() -> None:
     assert holders == {"client.guard"}
 
 
-def test_only_the_workshop_handles_personal_adapters() -> None:
+def test_only_what_trains_and_measures_handles_personal_adapters() -> None:
     """The guard, which answers, never has one in its hands."""
     holders = {name_of(path) for path in modules() if "client.personal" in imports_of(path)}
-    assert holders == {"client.workshop"}
+    assert holders == {"client.measuring", "client.teachers", "client.workshop"}
 
 
 def guard_methods() -> dict[str, ast.FunctionDef]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import client.workshop
+import client.rounds
 from common.adapter import Adapter
 from common.plan import Stage
 from common.recipe import FIXED_A_RULES
@@ -65,8 +65,8 @@ def test_rolora_sends_b_and_a_in_turn_and_is_exact() -> None:
             kept = [tensor for name, tensor in adapter.tensors.items() if not name.endswith(left_out)]
             assert receipt["bytes"] == sum(tensor.nbytes for tensor in kept)
     with pytest.MonkeyPatch.context() as patch:
-        real = walks.raising(KeyboardInterrupt(), client.workshop.adapt, 3)  # the first site in round 2
-        patch.setattr(client.workshop, "adapt", real)
+        real = walks.raising(KeyboardInterrupt(), client.rounds.adapt, 3)  # the first site in round 2
+        patch.setattr(client.rounds, "adapt", real)
         assert walks.invoke(*command, "--out", "struck").exit_code == 130
     assert walks.finished_rounds(Path("struck"))[-1] == (Stage.adapt, 0)
     assert walks.invoke(*command, "--out", "struck", "--resume").exit_code == 0

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import client.generation
-import client.workshop
 import common.generator
 import common.teacher
 import simulations.simulate
@@ -76,7 +75,11 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
             simulations.simulate, "write_site", write_site_with_names(simulations.simulate.write_site)
         )
         patch.setattr(wire, "pack_message", kept_in(seen.packed, wire.pack_message))
-        patch.setattr(client.workshop, "synthesise", counted_in(seen.sampled, client.workshop.synthesise))
+        patch.setattr(
+            client.transfer.painting,
+            "synthesise",
+            counted_in(seen.sampled, client.transfer.painting.synthesise),
+        )
         simulations.simulate.simulate(recipe, seen.run, resume=False)
     seen.teachers = common.teacher.teachers_built - before[0]
     seen.generators = common.generator.generators_built - before[1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-import client.workshop
+import client.teachers
 from client.deadline import Deadline
 from client.patients import Split, of_split
 from client.personal import PERSONAL_FILE, train_personal
@@ -41,8 +41,8 @@ def dual(tmp_path_factory: pytest.TempPathFactory) -> Watched:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wire, "pack_message", kept_in(seen.packed, wire.pack_message))
         with pytest.MonkeyPatch.context() as strike:
-            struck = walks.raising(KeyboardInterrupt(), client.workshop.train_personal, 2)
-            strike.setattr(client.workshop, "train_personal", struck)
+            struck = walks.raising(KeyboardInterrupt(), client.teachers.train_personal, 2)
+            strike.setattr(client.teachers, "train_personal", struck)
             assert walks.invoke(*COMMAND, "--out", seen.run).exit_code == 130
         assert walks.finished_rounds(seen.run)[-1] == ("style", 0)
         assert (seen.run / "sites" / "east" / PERSONAL_FILE).exists()

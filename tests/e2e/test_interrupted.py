@@ -82,11 +82,11 @@ def test_resume_after_kill_9_equals_an_uninterrupted_run(smoke_run: FinishedRun,
 STRIKES = [
     ("simulations.simulate:write_site", 2, None),  # the second hospital is not there yet
     ("client.guard:Guard.propose", 2, None),
-    ("client.workshop:adapt", 4, [("propose", 0), ("adapt", 0)]),  # the second site in the second round
+    ("client.rounds:adapt", 4, [("propose", 0), ("adapt", 0)]),  # the second site in the second round
     ("client.guard:summarise_style", 2, [("propose", 0), ("adapt", 0), ("adapt", 1)]),
 ]
 LATER_STRIKES = [
-    ("client.workshop:evaluate_patients", 3, "student"),  # the second site
+    ("client.measuring:evaluate_patients", 3, "student"),  # the second site
     ("simulations.crosstest:evaluate_patients", 3, "evaluate"),
     ("simulations.assemble:site_pictures", 2, "evaluate"),
     ("simulations.simulate:rebuild", 1, "evaluate"),

@@ -12,12 +12,12 @@ from PIL import Image
 
 import client.site as site_module
 from client.data import load_patients
-from client.distillation import teacher_logits
 from client.evaluation import foreground
 from client.guard import Guard
 from client.prediction import predict_folder
 from client.site import Site
 from client.students import load_student
+from client.transfer.labelling import teacher_logits
 from common.config import save_site
 from common.guard_api import SiteMetrics
 from common.plan import Round, RunPlan, Stage

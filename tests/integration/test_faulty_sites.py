@@ -15,13 +15,16 @@ import torch
 import yaml
 from click.testing import Result
 
-import client.workshop
+import client.measuring
+import client.rounds
+import client.transfer.making as making
 import server.collect
 import simulations.simulate
 from client.adaptation import Adaptation
 from client.deadline import Deadline
 from client.egress import Egress, Noised
 from client.site import Site
+from client.workshop import Workshop
 from common.adapter import Adapter, AdapterUpdate
 from common.config import CONFIG_DIR, load_recipe
 from common.plan import Round, RunPlan, Stage
@@ -96,8 +99,8 @@ class FaultySite:
     def __init__(self, patch: pytest.MonkeyPatch, name: str, faults: tuple[Fault, ...]) -> None:
         self.name, self.faults = name, faults
         self.late_s = 0.0  # how much the server's clock is ahead
-        self.train, self.release = client.workshop.adapt_teacher, Egress.release_update
-        patch.setattr(client.workshop, "adapt_teacher", self.adapt_teacher)
+        self.train, self.release = client.rounds.adapt_teacher, Egress.release_update
+        patch.setattr(client.rounds, "adapt_teacher", self.adapt_teacher)
         patch.setattr(Egress, "release_update", lambda egress, *rest: self.release_update(egress, *rest))
         patch.setattr(server.collect, "monotonic", lambda: time.monotonic() + self.late_s)
 
@@ -123,8 +126,8 @@ class FaultySite:
         """The real training, with a clock on which each step takes twice as long as the whole order may."""
         ticks = iter(range(1000))
         slow = Deadline(order.deadline_s, clock=lambda: 2 * next(ticks) * order.deadline_s)
-        teacher = client.workshop.resident_teacher(plan.teacher, plan.data)
-        client.workshop.adapt(teacher, adapter, train, plan, (order.index, 0), slow)
+        teacher = client.rounds.resident_teacher(plan.teacher, plan.data)
+        client.rounds.adapt(teacher, adapter, train, plan, (order.index, 0), slow)
 
     def release_update(
         self, egress: Egress, stage: Stage, index: int, update: AdapterUpdate, noised: Noised | None
@@ -189,11 +192,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = load_recipe(str(consortium(folder, ["east", "north", "south", "west"])), overrides)
     with pytest.MonkeyPatch.context() as patch:
         FaultySite(patch, "west", FAULTS)
-        workshop, shop = client.workshop, client.workshop.Workshop
-        patch.setattr(workshop, "real_crops", fewer_crops(workshop.real_crops))
+        patch.setattr(making, "real_crops", fewer_crops(making.real_crops))
         patch.setattr(simulations.simulate, "save_site", refusing_site_file(simulations.simulate.save_site))
-        patch.setattr(shop, "run", failing_at("south", shop.run))
-        patch.setattr(workshop, "evaluate_models", failing_at("west", workshop.evaluate_models))
+        patch.setattr(Workshop, "run", failing_at("south", Workshop.run))
+        failing = failing_at("west", client.measuring.evaluate_models)
+        patch.setattr(client.measuring, "evaluate_models", failing)
         return simulations.simulate.simulate(recipe, folder / "run", resume=False)
 
 
@@ -314,7 +317,7 @@ def test_a_failed_run_goes_on_when_its_site_is_mended(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert simulate_with(FAULTS[0], elsewhere, ["east", "west"]).exit_code == 30
-    monkeypatch.setattr(client.workshop, "real_crops", fewer_crops(client.workshop.real_crops))
+    monkeypatch.setattr(making, "real_crops", fewer_crops(making.real_crops))
     command = ["simulate", elsewhere / "faulty.yaml", "--out", elsewhere / "run", "--json"]
     resumed = walks.invoke(*command, "--resume")
     assert resumed.exit_code == 0, resumed.stderr

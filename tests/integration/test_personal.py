@@ -10,11 +10,12 @@ import torch
 
 import client.workshop
 from client.deadline import Deadline
-from client.distillation import TransferSet, join, teacher_logits
 from client.patients import Patient
 from client.personal import PERSONAL_FILE, folded_whole, train_personal
 from client.site import Site
 from client.style import summarise_style
+from client.transfer.labelling import teacher_logits
+from client.transfer.sets import TransferSet, join
 from client.workshop import Workshop
 from common.adapter import Adapter
 from common.config import save_site

@@ -15,8 +15,8 @@ import client.prefix_cache as prefix_cache
 from client.adaptation import adapt
 from client.deadline import Deadline
 from client.guard import Guard
+from client.rounds import round_visit
 from client.site import Site
-from client.workshop import round_visit
 from common.adapter import Adapter
 from common.backbones.base import Backbone
 from common.config import save_site

@@ -14,8 +14,8 @@ import torch
 import yaml
 from click.testing import CliRunner
 
+import client.measuring as measuring
 import client.site as site_module
-import client.workshop as workshop
 from client.egress import EgressRefusal
 from client.faults import border_answer
 from client.guard import Guard
@@ -113,13 +113,13 @@ def test_numbers_are_booked_before_they_are_measured_and_leave_with_noise(
     for index in range(noised.rounds):
         guard.adapt(order(noised, Stage.adapt, index), start(noised))
     booked: list[int] = []
-    real = workshop.noised_metrics
+    real = measuring.noised_metrics
 
     def measured(*arguments: Any) -> Any:
         booked.append(len(entries(home, EntryType.metric)))
         return real(*arguments)
 
-    monkeypatch.setattr(workshop, "noised_metrics", measured)
+    monkeypatch.setattr(measuring, "noised_metrics", measured)
     answer = publish(guard, noised)
     assert booked == [1]
     assert answer.counts is None, "how many patients there are is not told"
@@ -169,7 +169,7 @@ def test_numbers_that_a_crash_took_are_not_measured_again(
 ) -> None:
     guard = agreed(home, noised)
     with monkeypatch.context() as patch:
-        patch.setattr(workshop, "noised_metrics", rounds.raiser)
+        patch.setattr(measuring, "noised_metrics", rounds.raiser)
         with pytest.raises(rounds.Killed):
             publish(guard, noised)
     [cell] = publish(agreed(home, noised), noised).metrics
@@ -182,13 +182,13 @@ def test_numbers_that_a_crash_took_are_not_measured_again(
 def test_what_nobody_paid_for_does_not_leave_beside_it(
     home: Path, noised: RunPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guard, real = agreed(home, noised), workshop.noised_metrics
+    guard, real = agreed(home, noised), measuring.noised_metrics
 
     def generous(*arguments: Any) -> Any:
         [cell] = real(*arguments)
         return [cell, replace(cell, class_name="another", noise_scale=None, ci95=(0.0, 1.0))]
 
-    monkeypatch.setattr(workshop, "noised_metrics", generous)
+    monkeypatch.setattr(measuring, "noised_metrics", generous)
     with pytest.raises(EgressRefusal) as caught:
         publish(guard, noised)
     assert len(caught.value.faults) == 3, caught.value.faults

@@ -16,7 +16,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import client.guard
-import client.workshop as workshop
+import client.rounds
 from client.account import MECHANISM, Account
 from client.dp.randomness import SeededRandomness
 from client.egress import Egress, EgressRefusal, Noised
@@ -122,7 +122,7 @@ def test_noise_from_a_seed_does_not_leave(home: Path, plan: RunPlan, monkeypatch
     def seeded(*arguments: Any) -> Any:
         return private_step(*arguments, SeededRandomness(1))
 
-    monkeypatch.setattr(workshop, "private_step", seeded)
+    monkeypatch.setattr(client.rounds, "private_step", seeded)
     with pytest.raises(EgressRefusal, match="no noised step"):
         guard.adapt(order(plan, Stage.adapt), start(plan))
     assert len(entries(home, EntryType.reserve)) == 1, "and it is spent"
@@ -161,7 +161,7 @@ def test_a_kill_between_reserve_and_commit_is_spent_and_the_run_goes_on(
     spare = replace(plan, privacy=replace(plan.privacy, spare_steps=1))
     guard = agreed(home, spare)
     with monkeypatch.context() as patch:
-        patch.setattr(workshop, "private_step", raiser)
+        patch.setattr(client.rounds, "private_step", raiser)
         with pytest.raises(Killed):
             guard.adapt(order(spare, Stage.adapt), start(spare))
     guard = agreed(home, spare)  # another process: it is asked again

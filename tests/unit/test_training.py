@@ -13,17 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import client.adaptation as adaptation
-import client.distillation as distillation
 import client.generation as generation
+import client.transfer.labelling as labelling
 from client.curation import agreement, drop_inconsistent
 from client.deadline import Deadline
-from client.distillation import VARIANTS, TransferSet, assemble_transfer_set, distil, real_crops
+from client.distillation import distil
 from client.fitting import Schedule
 from client.generation import fine_tune, synthesise
 from client.losses import feature_loss, segmentation_loss, soft_dice_loss, softened_logit_loss
 from client.patients import Patient
 from client.students import build_student
 from client.style import summarise_style
+from client.transfer.labelling import assemble_transfer_set
+from client.transfer.sets import TransferSet, real_crops
+from client.variants import VARIANTS, Start
 from common.errors import DataError, DeadlinePassed
 from common.generator import haar, inverse_haar, resident_generator
 from common.generator import initial_adapter as initial_generator
@@ -215,12 +218,12 @@ def test_no_teacher_is_called_while_a_student_learns(
     student = build_student("unet-xs", smoke_plan.data, True, 0)
     calls = []
     handle = teacher.network.register_forward_hook(lambda *_: calls.append(1))
-    before = distillation.teacher_calls
+    before = labelling.teacher_calls
     try:
         distil(student, patients, transfer, smoke_plan, 0, FOREVER)
     finally:
         handle.remove()
-    assert distillation.teacher_calls == before
+    assert labelling.teacher_calls == before
     assert calls == []
 
 
@@ -273,7 +276,7 @@ def test_variants_differ_in_one_ingredient_each() -> None:
     assert VARIANTS["no_distillation"] == replace(ours, teacher=None)
     assert VARIANTS["no_federation"] == replace(ours, teacher="local", styles="own")
     assert VARIANTS["local_only"] == replace(ours, teacher=None, styles=None)
-    assert VARIANTS["local_only_scratch"] == replace(VARIANTS["local_only"], pretrained=False)
+    assert VARIANTS["local_only_scratch"] == replace(VARIANTS["local_only"], start=Start.random)
 
 
 def test_without_a_teacher_only_what_has_a_mask_is_used(smoke_plan: RunPlan, patients: list[Patient]) -> None:

@@ -1,0 +1,61 @@
+"""The transfer set: images to learn from beside the labelled ones, real crops and synthetic images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from client.patients import Patient
+from client.sampling import PatchSampler
+from common.plan import RunPlan
+
+MOST_CROPS = 192
+
+
+@dataclass(frozen=True)
+class TransferSet:
+    """Images to learn from beside the labelled ones, with everything the teacher said of them.
+
+    ``images`` (N, 3, S, S); ``logits`` (N, C, S, S) float16 or None where no teacher is used; ``tokens``
+    (N, T, h, w) and ``features`` (N, 32, S/2, S/2) float16; ``masks`` (N, C, S, S), NaN where there is
+    none; ``synthetic`` (N,) bool.
+    """
+
+    images: Tensor
+    masks: Tensor
+    synthetic: Tensor
+    logits: Tensor | None = None
+    tokens: Tensor | None = None
+    features: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, keep: Tensor) -> TransferSet:
+        """The rows that ``keep`` (bool or indices) names."""
+        rest = [None if part is None else part[keep] for part in (self.logits, self.tokens, self.features)]
+        return TransferSet(self.images[keep], self.masks[keep], self.synthetic[keep], *rest)
+
+
+def join(parts: Sequence[TransferSet | None]) -> TransferSet | None:
+    """One set of ``parts`` in their order, all labelled by a teacher; None where there is none."""
+    found = [part for part in parts if part is not None]
+    if not found:
+        return None
+    columns = zip(*(vars(part).values() for part in found), strict=True)
+    return TransferSet(*(torch.cat(column) for column in columns))
+
+
+def real_crops(patients: Sequence[Patient], plan: RunPlan, seed: int) -> tuple[Tensor, Tensor]:
+    """A fixed set of the site's training crops, labelled or not: images, masks (NaN: unlabelled)."""
+    size = plan.data.image_size
+    areas = [sample.valid.numel() / size**2 for patient in patients for sample in patient.samples]
+    # An image no larger than a crop is taken once; a larger one so often that it is covered twice over.
+    wanted = sum(1 if area <= 1 else round(2 * area) for area in areas)
+    crops = PatchSampler(patients, size, seed, labelled=None).crops(min(wanted, MOST_CROPS))
+    blank = torch.full((len(plan.data.classes), size, size), float("nan"))
+    masks = [blank if crop.mask is None else crop.mask.float() for crop in crops]
+    return torch.stack([crop.image for crop in crops]), torch.stack(masks)
