@@ -75,8 +75,8 @@ def _loss(document: Document) -> Document:
     bounded = f"the mean over at most {most} images, clipped to a fixed norm" if most else "not bounded"
     return {
         "privacy_unit": "Patient-level",
-        "privacy_unit_details": "Adjacent sets differ by one patient added or removed, with all images, masks "
-        f"and visits at this site. In one step a patient contributes one gradient: {bounded}.",
+        "privacy_unit_details": "Adjacent sets differ by one patient added or removed, with all images, "
+        f"masks and visits at this site. In one step a patient contributes one gradient: {bounded}.",
         "number_of_privacy_units": 1,
         "privacy_parameters": parameters,
         "privacy_parameters_details": details,
@@ -88,7 +88,7 @@ def _model(document: Document) -> Document:
     guard = "The guard runs in a process of its own." if enforced else document["enforcement"]
     return {
         "model_name": "Federated",
-        "model_name_details": "Each site clips and adds noise before anything leaves, as much as if it were alone.",
+        "model_name_details": "Each site clips and adds noise before anything leaves, as if it were alone.",
         "trust_assumptions": "None in the server, the other sites or outsiders; a site trusts its own "
         f"installation. {guard}",
         "actors": _lines(
@@ -107,8 +107,8 @@ def _implementation(document: Document) -> Document:
         f"{row['stage']}: epsilon {row['joint']} with all before it" for row in document["budget"]["stages"]
     )
     return {
-        "preprocessing_and_hyperparameter_tuning": "Settings are fixed in the plan before data are opened; none is "
-        "tuned on patients of this run, so nothing is charged for it.",
+        "preprocessing_and_hyperparameter_tuning": "Settings are fixed in the plan before data are opened; "
+        "none is tuned on patients of this run, so nothing is charged for it.",
         "mechanisms": _lines(
             [
                 "Gaussian noise on the sum of clipped gradients of patients drawn one by one (Poisson)",
