@@ -14,7 +14,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check install clean
+.PHONY: demo test check install stubs clean
 
 demo: install
 	$(BIN)/wardround demo
@@ -27,6 +27,12 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
+
+# The guard's contract in Python. Its compiler must be older than 1.76: newer ones write for protobuf 7, which flwr
+# 1.41 does not take; it does not go into $(VENV). `make stubs PROTOC="python -m grpc_tools.protoc"`.
+PROTOC ?= python3 -m grpc_tools.protoc
+stubs:
+	$(PROTOC) -I. --python_out=. --pyi_out=. --grpc_python_out=. common/guard_link/guard.proto
 
 install: $(STAMP)
 

@@ -253,8 +253,8 @@ class Account:
                 field="audit",
             )
 
-    def begin(self) -> None:
-        """Book the policy in force and the run's plan, each once."""
+    def begin(self, own_process: bool = False) -> None:
+        """Book the policy in force and the run's plan, each once, and whether the guard is by itself."""
         if self.terms is None:
             return
         if self.policy is not None:
@@ -262,6 +262,8 @@ class Account:
             if not seen or seen[-1]["sha256"] != self.policy.digest:
                 self._ledger.record(EntryType.policy, self._context, policy_record(self.policy))
         detail: dict[str, Any] = {"plans": {STAGE: self.terms.to_json()}}
+        if own_process:
+            detail["own_process"] = True
         if self.published is not None:
             detail["metrics"] = self.published.to_json()
         own = [entry.detail["plans"] for entry in self._entries(EntryType.plan) if self._mine(entry)]

@@ -8,7 +8,6 @@ may leave a handler.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -17,12 +16,10 @@ from flwr.clientapp import ClientApp
 from client.faults import border_answer, keep_fault
 from common import guard_api, wire
 from common.errors import UsageError
-from common.guard_api import GuardApi
-from common.plan import Round, Stage
+from common.plan import Stage
+from common.wire import desk
 
 app = ClientApp()
-
-Work = Callable[[GuardApi, Round, wire.Content], wire.Content]
 
 
 def guard_address(context: Context) -> str:
@@ -36,8 +33,8 @@ def guard_address(context: Context) -> str:
     return f"in-process:{folders[int(context.node_config['partition-id'])]}"
 
 
-def _serve(stage: Stage, work: Work) -> None:
-    """Register ``work`` as the handler of ``stage``'s messages."""
+def _serve(stage: Stage) -> None:
+    """Register the handler of ``stage``'s messages."""
     kind, _, action = wire.ACTIONS[stage].partition(".")
 
     def handle(message: Message, context: Context) -> Message:
@@ -45,7 +42,7 @@ def _serve(stage: Stage, work: Work) -> None:
         try:
             address = guard_address(context)
             order = wire.decode_order(message.content)
-            content = work(guard_api.connect(address), order, message.content)
+            content = desk.answer(guard_api.connect(address), stage, order, message.content)
         except (Exception, SystemExit) as error:  # no text may leave; Ctrl-C still stops
             keep_fault(address, wire.ACTIONS[stage], error)
             content = wire.encode_refusal(*border_answer(error))
@@ -54,15 +51,5 @@ def _serve(stage: Stage, work: Work) -> None:
     getattr(app, kind)(action)(handle)
 
 
-def _student(guard: GuardApi, order: Round, content: wire.Content) -> wire.Content:
-    request = wire.decode_student_request(content)
-    note = guard.train_student(order, request.adapter, request.styles, request.generator)
-    return wire.encode_numbers(note)
-
-
-_serve(Stage.propose, lambda g, o, c: wire.encode_answer(g.propose(wire.decode_proposal(c), o)))
-_serve(Stage.adapt, lambda g, o, c: wire.encode_update(o, g.adapt(o, wire.decode_adapter(c))))
-_serve(Stage.style, lambda g, o, c: wire.encode_numbers(g.style(o)))
-_serve(Stage.generator, lambda g, o, c: wire.encode_update(o, g.train_generator(o, wire.decode_adapter(c))))
-_serve(Stage.student, _student)
-_serve(Stage.evaluate, lambda g, o, c: wire.encode_numbers(g.evaluate(o, wire.decode_adapter(c))))
+for _stage in wire.ACTIONS:
+    _serve(_stage)

@@ -48,8 +48,9 @@ class Guard:
     `client.egress` has not released; an order for a plan that this site did not agree to is refused.
     """
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    def __init__(self, site: Site, own_process: bool = False) -> None:
+        """``own_process``: no code of a run shares this process; the ledger books it, and reports say so."""
+        self.site, self._own_process = site, own_process
         self._ledger = OpenLedger(site.folder)
 
     def propose(self, plan: RunPlan, order: Round) -> PlanAnswer:
@@ -70,7 +71,7 @@ class Guard:
                 self._refuse_dealing()
             self._labelled(plan)  # a site that cannot read its data says so now, not in the middle
             self.site.accept(plan)
-            account.begin()
+            account.begin(self._own_process)
         except (PolicyRefusal, BudgetExceeded, LedgerBroken) as refusal:
             answer = PlanAnswer(self.site.name, False, plan.digest, *border_answer(refusal))
             keep_refusal(self.site.folder, order.stage, refusal)

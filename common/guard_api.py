@@ -114,11 +114,15 @@ class GuardApi(Protocol):
 def connect(address: str) -> GuardApi:
     """The guard at ``address``. Raises ``UsageError`` for an address of another kind.
 
-    ``in-process:FOLDER`` resolves the guard's module by name at run time, so that `common` does not
-    import `client`, and a courier on a deployed site never loads the guard's code.
+    ``unix:SOCKET`` is a guard in a process of its own (`common.guard_link`). ``in-process:FOLDER`` resolves
+    the guard's module by name at run time, so that `common` does not import `client`, and a courier on a
+    deployed site never loads the guard's code.
     """
     kind, _, rest = address.partition(":")
-    if kind != "in-process" or not rest:
-        raise UsageError(f"no guard at {address!r}: this version knows in-process:FOLDER")
-    guard: GuardApi = importlib.import_module("client.guard").open_guard(rest)
-    return guard
+    if kind == "unix" and rest:
+        remote: GuardApi = importlib.import_module("common.guard_link.remote").RemoteGuard(rest)
+        return remote
+    if kind == "in-process" and rest:
+        guard: GuardApi = importlib.import_module("client.guard").open_guard(rest)
+        return guard
+    raise UsageError(f"no guard at {address!r}: an address is unix:SOCKET or in-process:FOLDER")

@@ -1,0 +1,32 @@
+"""One message answered: decode, ask the guard, encode. The same at a courier's and at a guard's own door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from common import wire
+from common.guard_api import GuardApi
+from common.plan import Round, Stage
+from common.wire.tensors import decode_adapter
+
+Work = Callable[[GuardApi, Round, wire.Content], wire.Content]
+
+
+def _student(guard: GuardApi, order: Round, content: wire.Content) -> wire.Content:
+    request = wire.decode_student_request(content)
+    return wire.encode_numbers(guard.train_student(order, request.adapter, request.styles, request.generator))
+
+
+WORK: dict[Stage, Work] = {
+    Stage.propose: lambda g, o, c: wire.encode_answer(g.propose(wire.decode_proposal(c), o)),
+    Stage.adapt: lambda g, o, c: wire.encode_update(o, g.adapt(o, decode_adapter(c))),
+    Stage.style: lambda g, o, c: wire.encode_numbers(g.style(o)),
+    Stage.generator: lambda g, o, c: wire.encode_update(o, g.train_generator(o, decode_adapter(c))),
+    Stage.student: _student,
+    Stage.evaluate: lambda g, o, c: wire.encode_numbers(g.evaluate(o, decode_adapter(c))),
+}
+
+
+def answer(guard: GuardApi, stage: Stage, order: Round, content: wire.Content) -> wire.Content:
+    """What ``guard`` says to ``content``, whose order is ``order``; what the guard raises goes through."""
+    return WORK[stage](guard, order, content)
