@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from common.console import print_json
-from common.errors import UsageError
+from common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from client.preparation.known_set import KnownSet
@@ -47,9 +47,14 @@ def prepare(name: str, source: Path, dest: Path, accept_licence: bool, seed: int
 
     known = known_set(name)
     _agree(known, accept_licence, ask=not as_json)
-    made = prepare_set(known, source, dest, seed)
+    try:
+        made = prepare_set(known, source, dest, seed)
+    except DataError as error:
+        if as_json:
+            print_json({"ok": False, "set": name, "faults": list(error.faults) or [error.message]})
+        raise
     if as_json:
-        print_json(made.to_json())
+        print_json({"ok": True, **made.to_json()})
     else:
         _print(made)
 

@@ -20,7 +20,10 @@ from common.errors import DataError
 if TYPE_CHECKING:
     from pydicom import FileDataset
 
-GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
+# What a slice must tell, and how many numbers each is.
+GEOMETRY = {
+    "ImageOrientationPatient": 6, "ImagePositionPatient": 3, "PixelSpacing": 2, "Rows": 1, "Columns": 1,
+}  # fmt: skip
 SAME_DIRECTION = 1e-3  # the largest difference of a direction cosine within one series
 SAME_PLACE_MM = 1e-3
 
@@ -51,16 +54,18 @@ class Slice:
 def read_slice(path: Path) -> Slice:
     """The geometry of one file. Raises `DataError` if it is unreadable or says too little."""
     dataset = _read(path, pixels=False)
-    absent = [name for name in GEOMETRY if not dataset.get(name)]
+    absent = [name for name in GEOMETRY if dataset.get(name) is None]
     if absent:
         raise DataError(f"has no {', '.join(absent)} in its header: restore it")
-    rows, columns = map(float, dataset.PixelSpacing)
+    try:
+        direction, position, spacing = (tuple(map(float, dataset[name].value)) for name in list(GEOMETRY)[:3])
+    except (TypeError, ValueError) as error:
+        raise DataError("has a header whose geometry is no numbers: restore it") from error
+    wanted = list(GEOMETRY.values())[:3]
+    if [len(direction), len(position), len(spacing)] != wanted or not min(spacing) > 0:
+        raise DataError("has a header whose geometry makes no sense: restore it")
     return Slice(
-        path,
-        tuple(map(float, dataset.ImageOrientationPatient)),
-        tuple(map(float, dataset.ImagePositionPatient)),
-        (rows, columns),
-        (int(dataset.Rows), int(dataset.Columns)),
+        path, direction, position, (spacing[0], spacing[1]), (int(dataset.Rows), int(dataset.Columns))
     )
 
 
@@ -91,7 +96,7 @@ def read_stored(path: Path) -> NDArray[np.float32]:
         ) from error
     if stored.ndim != 2:
         raise DataError("is not one grey slice: restore it")
-    slope, intercept = dataset.get("RescaleSlope", 1), dataset.get("RescaleIntercept", 0)
+    slope, intercept = dataset.get("RescaleSlope") or 1, dataset.get("RescaleIntercept") or 0
     return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
 
 

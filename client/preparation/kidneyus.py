@@ -35,7 +35,8 @@ TABLES = ("labels/reviewed_labels_1.csv", "reviewed_labels_1.csv")
 NAME = r"(\d+_IM-[\d-]+_anon)\.png"
 EXAMPLE = "1_IM-0001-0059_anon.png"
 VALUES = {"Capsule": 1, "Central Echo Complex": 2, "Medulla": 3, "Cortex": 4}  # painted in this order
-COLUMNS = ("filename", "file_attributes", "region_shape_attributes", "region_attributes")
+JSON_COLUMNS = ("region_shape_attributes", "region_attributes", "file_attributes")
+COLUMNS = ("filename", *JSON_COLUMNS)
 FEWEST_CORNERS = 3
 
 Polygon = tuple[str, list[tuple[float, float]]]  # anatomy, (x, y) of each corner
@@ -47,9 +48,10 @@ def _find(source: Source) -> list[Item]:
     table = next((source.root / name for name in TABLES if (source.root / name).is_file()), None)
     if table is None:
         source.fault(source.root / TABLES[0], "is missing: take it from the set's repository")
+        source.also_read += [source.pixels(path, read_picture) for path in images.values()]
         return []
     polygons, views = _read_table(source, table)
-    for name in sorted(polygons.keys() - images.keys()):
+    for name in sorted(polygons.keys() - images.keys()) if folder is not None else ():
         source.fault(table, f"has polygons of {name}.png, which is not there: restore the image")
     bare = [name for name in images if not polygons.get(name)]
     if bare:
@@ -92,7 +94,7 @@ def _read_table(source: Source, table: Path) -> tuple[dict[str, list[Polygon]], 
     for line, row in rows:
         name = re.sub(r"\.png$", "", row["filename"] or "", flags=re.IGNORECASE)
         try:
-            shape, what, about = (json.loads(row[column] or "{}") for column in _JSON_COLUMNS)
+            shape, what, about = (json.loads(row[column] or "{}") for column in JSON_COLUMNS)
             views.setdefault(name, str(about.get("View", "")).lower())
             polygon = _polygon(shape, what, skipped)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -101,9 +103,6 @@ def _read_table(source: Source, table: Path) -> tuple[dict[str, list[Polygon]], 
         polygons[name] += [polygon] if polygon else []
     source.notes += [f"{count} regions {why} are left out." for why, count in skipped.items()]
     return polygons, views
-
-
-_JSON_COLUMNS = ("region_shape_attributes", "region_attributes", "file_attributes")
 
 
 class _UnknownAnatomy(ValueError):

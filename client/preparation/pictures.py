@@ -59,10 +59,8 @@ def refuse_values(labels: Labels, known: set[int]) -> None:
 
 def _opened(path: Path) -> Image.Image:
     try:
-        if path.suffix.lower() == ".gz":
-            picture = Image.open(io.BytesIO(gzip.decompress(path.read_bytes())))
-        else:
-            picture = Image.open(path)
+        data = path.read_bytes()
+        picture = Image.open(io.BytesIO(gzip.decompress(data) if path.suffix.lower() == ".gz" else data))
         picture.load()
     except Exception as error:  # OSError, EOFError, SyntaxError, ValueError ...: Pillow has no one class
         raise DataError(f"cannot be read as a picture ({type(error).__name__}): restore it") from error

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,9 +76,7 @@ def prepare(known: KnownSet, source: Path, destination: Path, seed: int) -> Prep
     if destination.exists() or destination.is_symlink():
         raise UsageError(f"{destination} is there already: name a new folder, or remove it first")
     found = Source(source)
-    items = known.find(found) if source.is_dir() else []
-    if not items and not found.faults:
-        found.faults.append(f"{source} holds no image where {known.name} has them: see `wardround data sets`")
+    items = _find(known, found)
     with _whole_or_nothing(destination) as building:
         _copy(items, building, found)
         splits = _splits(items, seed, found)
@@ -88,17 +86,23 @@ def prepare(known: KnownSet, source: Path, destination: Path, seed: int) -> Prep
                 f"{source} is not {known.name} as it is handed out ({len(faults)} faults)", faults
             )
         _write_manifest(building / MANIFEST, items, splits)
-        made = _summary(known, destination, items, splits, found.notes)
-        made = made if items[0].split is not None else _with_seed(made, seed)
-        about = {**made.to_json(), "manifest": MANIFEST}
-        (building / ABOUT).write_text(
-            json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        made = _summary(known, destination, items, splits, seed, found.notes)
+        about = json.dumps({**made.to_json(), "manifest": MANIFEST}, indent=2, ensure_ascii=False)
+        (building / ABOUT).write_text(about + "\n", encoding="utf-8")
     return made
 
 
-def _with_seed(made: Preparation, seed: int) -> Preparation:
-    return Preparation(**{**vars(made), "seed": seed})
+def _find(known: KnownSet, found: Source) -> list[Item]:
+    try:
+        items = known.find(found) if found.root.is_dir() else []
+    except OSError as error:
+        raise DataError(
+            f"{error.filename} cannot be read ({error.strerror}): allow it, then try again"
+        ) from error
+    if not items and not found.faults:
+        text = f"holds no image where {known.name} has them: `wardround data sets {known.name}` shows where"
+        found.faults.append(f"{found.root} {text}")
+    return items
 
 
 @contextmanager
@@ -124,17 +128,13 @@ def _copy(items: Sequence[Item], folder: Path, found: Source) -> None:
     chunk = math.ceil(len(items) / PROGRESS_STEPS) or 1
     progress.stage("reading the set", math.ceil(len(items) / chunk))
     for place, item in enumerate(items, 1):
-        image = _read(item.image, found)
-        mask = _read(item.mask, found) if item.mask is not None else None
-        if image is not None and mask is not None and image.shape[:2] != mask.shape:
-            sizes = ["x".join(map(str, shape)) for shape in (image.shape[:2], mask.shape)]
-            assert item.mask is not None
-            text = f"is a mask of {sizes[1]} pixels (rows x columns) for {item.image.where} of {sizes[0]}"
-            found.faults.append(f"{item.mask.where} {text}: restore both")
+        arrays = {"images": _read(item.image, found)}
+        if item.mask is not None:
+            arrays["masks"] = _read(item.mask, found)
+            _check_sizes(item.image, item.mask, arrays.values(), found)
         if not found.faults:
-            for kind, array in (("images", image), ("masks", mask)):
-                if array is not None:
-                    Image.fromarray(array).save(folder / kind / f"{item.name}.png")
+            for kind, array in arrays.items():
+                Image.fromarray(array).save(folder / kind / f"{item.name}.png")
         if place % chunk == 0 or place == len(items):
             progress.step(f"{place} of {len(items)} images")
     for pixels in found.also_read:
@@ -151,6 +151,14 @@ def _read(pixels: Pixels, found: Source) -> Array | None:
         else:
             found.faults.append(f"{pixels.where} {error.message}")
         return None
+
+
+def _check_sizes(image: Pixels, mask: Pixels, arrays: Iterable[Array | None], found: Source) -> None:
+    sizes = ["x".join(map(str, array.shape[:2])) for array in arrays if array is not None]
+    if len(set(sizes)) > 1:
+        found.faults.append(
+            f"{mask.where} has {sizes[1]} pixels (rows x columns), {image.where} has {sizes[0]}: restore both"
+        )
 
 
 def _splits(items: Sequence[Item], seed: int, found: Source) -> dict[str, Split]:
@@ -184,6 +192,7 @@ def _summary(
     destination: Path,
     items: Sequence[Item],
     splits: Mapping[str, Split],
+    seed: int,
     notes: Sequence[str],
 ) -> Preparation:
     told = [] if known.patients_known else [f"a patient is {known.unit}: epsilons would be of images."]
@@ -196,6 +205,6 @@ def _summary(
         labelled=sum(item.mask is not None for item in items),
         patients=len(splits),
         splits={name.value: sum(split == name for split in splits.values()) for name in Split},
-        seed=None,
+        seed=seed if items[0].split is None else None,
         notes=(*notes, *told),
     )

@@ -55,13 +55,14 @@ class Source:
     """A folder to look into; what is found wrong is collected, never raised, so that all of it can be told.
 
     Attributes:
-        faults: one line each, with the path from ``root`` and the fix.
+        root: the folder in which the set's own begin; see `step_into`.
+        faults: one line each, with the path from the folder that the user named, and the fix.
         notes: what the user should know and nothing has to be done about.
         also_read: what is no part of an image with its mask, but is read for the faults in it.
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root = self.top = root
         self.faults: list[str] = []
         self.notes: list[str] = []
         self.also_read: list[Pixels] = []
@@ -71,8 +72,8 @@ class Source:
             )
 
     def name_of(self, path: Path) -> str:
-        """The path from ``root``, with slashes."""
-        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.name
+        """The path from the folder that the user named, with slashes."""
+        return path.relative_to(self.top).as_posix()
 
     def fault(self, path: Path, text: str) -> None:
         self.faults.append(f"{self.name_of(path)} {text}")
