@@ -140,19 +140,20 @@ def _find_series(source: Source, case: Path, series: Series) -> list[Item]:
 
 def _pair(source: Source, ground: Path, slices: list[Path], masks: list[Path]) -> dict[Path, Path]:
     """Slice -> mask by their places in the order of file numbers; a gap in one alone is a fault."""
-    if _places(slices) != _places(masks):
+    in_steps = "MR" in ground.parts  # the phases of a dual echo take turns in the numbers
+    if _places(slices, in_steps) != _places(masks, in_steps):
         text = f"holds {len(masks)} masks for {len(slices)} slices, or other numbers than they have"
         source.fault(ground, f"{text}: restore what is missing or renamed")
         return {}
     return dict(zip(slices, masks, strict=True))
 
 
-def _places(paths: list[Path]) -> list[int]:
-    """The last numbers of the names, counted from the first in steps of their own: 2, 4, 8 -> 0, 1, 3."""
+def _places(paths: list[Path], in_steps: bool) -> list[int]:
+    """The last numbers of the names, counted from the first; in steps of their own 2, 4, 8 are 0, 1, 3."""
     numbers = [int(re.findall(r"\d+", path.stem.removesuffix("0000b"))[-1]) for path in paths]
-    steps = [number - numbers[0] for number in numbers]
-    step = gcd(*steps) or 1
-    return [distance // step for distance in steps]
+    distances = [number - numbers[0] for number in numbers]
+    step = gcd(*distances) if in_steps else 1
+    return [distance // (step or 1) for distance in distances]
 
 
 def _in_order(source: Source, folder: Path, paths: list[Path]) -> list[Slice]:

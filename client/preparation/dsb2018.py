@@ -119,17 +119,17 @@ def _decode(nuclei: Runs) -> Labels:
     _, height, width = nuclei[0]
     flat = np.zeros(height * width, np.uint8)
     for text, *size in nuclei:
-        numbers = [int(part) for part in text.split()] if text.replace(" ", "").isdigit() else []
-        ends = [start - 1 + length for start, length in zip(numbers[::2], numbers[1::2], strict=False)]
-        if (
-            size != [height, width]
-            or len(numbers) % 2
-            or max(ends, default=0) > flat.size
-            or 0 in numbers[::2]
+        parts = text.split()
+        numbers = [int(part) for part in parts if part.isdecimal()]
+        starts, lengths = numbers[::2], numbers[1::2]
+        whole = size == [height, width] and len(numbers) == len(parts) and len(starts) == len(lengths)
+        if not whole or not all(
+            0 < start <= start + length - 1 <= flat.size
+            for start, length in zip(starts, lengths, strict=True)
         ):
             raise DataError(f"has run lengths in {SOLUTION} that do not fit its size: restore the file")
-        for start, end in zip(numbers[::2], ends, strict=True):
-            flat[start - 1 : end] = FOREGROUND
+        for start, length in zip(starts, lengths, strict=True):
+            flat[start - 1 : start - 1 + length] = FOREGROUND
     return flat.reshape((height, width), order="F")
 
 
