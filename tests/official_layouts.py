@@ -3,95 +3,17 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import json
 import shutil
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
-SHAPE = (40, 48)  # rows, columns
-SLICES = 3
-SPACING_MM = (0.75, 0.5)  # between rows, between columns
-SLICE_MM = 3.0
-ORDER = (1, 2, 0)  # file number -> place in the patient: the files lie shuffled
-MR_CODES = (63, 126, 189, 252)
-HU_INTERCEPT = -1024
+from tests.official_pixels import SHAPE, Layout, Mask, Spoiled, grey, miscode, rename, save, scene
+from tests.official_scans import spoil_chaos_ct, spoil_chaos_mr, write_chaos_ct, write_chaos_mr
+
 SHEET = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
-
-Mask = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Spoiled:
-    """What was done to a copy, as it is told: what is missing, a renamed file's new name, a mask."""
-
-    missing: str
-    renamed: str
-    miscoded: str
-
-
-@dataclass(frozen=True)
-class Layout:
-    """``write(folder, seed)`` makes a copy; ``spoil`` breaks it in three places at once."""
-
-    name: str
-    write: Callable[[Path, int], None]
-    spoil: Callable[[Path], Spoiled]
-    folders: tuple[str, ...]  # each needed
-    images: int
-    patients: int
-
-
-# --- pixels -----------------------------------------------------------------------------------------
-
-
-def scene(rng: np.random.Generator, objects: int = 1) -> tuple[NDArray[np.uint8], list[Mask]]:
-    """(H, W, 3) noise with bright discs, and the mask of each."""
-    image = rng.integers(20, 90, (*SHAPE, 3))
-    rows, columns = np.mgrid[: SHAPE[0], : SHAPE[1]]
-    masks = []
-    for number in range(objects):
-        centre = 10 + 20 * (number // 2) + rng.integers(0, 3), 12 + 22 * (number % 2) + rng.integers(0, 3)
-        mask = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < 36
-        image[mask] += 120
-        masks.append(mask)
-    return image.astype(np.uint8), masks
-
-
-def save(array: NDArray[np.uint8] | Mask, path: Path) -> None:
-    """A Boolean array becomes a black-and-white picture (1 bit)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(array)
-    if path.suffix == ".gz":
-        buffer = io.BytesIO()
-        picture.save(buffer, "PPM")
-        path.write_bytes(gzip.compress(buffer.getvalue()))
-    else:
-        picture.save(path)
-
-
-def grey(mask: Mask) -> NDArray[np.uint8]:
-    return mask.astype(np.uint8) * 255
-
-
-def rename(path: Path, name: str) -> str:
-    path.rename(path.with_name(name))
-    return name
-
-
-def miscode(path: Path, value: int = 7) -> str:
-    """Rewrite a mask with a value that no set has; its name, as it is told."""
-    save(np.full(SHAPE, value, np.uint8), path)
-    return path.name
 
 
 # --- fundus photographs -----------------------------------------------------------------------------
@@ -329,91 +251,6 @@ def spoil_kidneyus(root: Path) -> Spoiled:
         "1_IM-0001-0059_anon.png, which is not there",
         rename(root / "images/2_IM-0383-0001_anon.png", "two.png"),
         "the anatomy 'Marrow'",
-    )
-
-
-# --- CHAOS ------------------------------------------------------------------------------------------
-
-
-def write_dicom(
-    path: Path, stored: NDArray[np.uint16], place: int, modality: str = "CT", **tags: object
-) -> None:
-    """One slice at ``place`` of a series whose normal is not an axis' own; ``tags`` replace header values."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = CTImageStorage if modality == "CT" else MRImageStorage
-    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[str(path)])
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    dataset.SOPClassUID, dataset.SOPInstanceUID = (
-        meta.MediaStorageSOPClassUID,
-        meta.MediaStorageSOPInstanceUID,
-    )
-    dataset.Modality, dataset.PatientID = modality, "anonymous"
-    dataset.Rows, dataset.Columns = stored.shape
-    dataset.PixelSpacing = list(SPACING_MM)
-    dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-    dataset.ImagePositionPatient = [-100.0, -80.0, -50.0 + SLICE_MM * place]
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 12, 11, 0
-    if modality == "CT":
-        dataset.RescaleSlope, dataset.RescaleIntercept = 1, HU_INTERCEPT
-    dataset.PixelData = stored.astype(np.uint16).tobytes()
-    for name, value in tags.items():
-        setattr(dataset, name, value)
-    dataset.save_as(path, enforce_file_format=True)
-
-
-def write_chaos_ct(root: Path, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    for case in (1, 2, 5, 6, 8, 10, 14, 16):
-        folder = root / "Train_Sets/CT" / str(case)
-        for number, place in enumerate(ORDER):
-            pixels, (liver,) = scene(rng)
-            name = f"i{number:04d},0000b.dcm" if case < 10 else f"IMG-0002-{number + 1:05d}.dcm"
-            stored = pixels[..., 0].astype(np.int32) - HU_INTERCEPT  # 20 to 209 HU
-            stored[0, 0] = 40 * place - HU_INTERCEPT  # a mark of where it lies
-            write_dicom(folder / "DICOM_anon" / name, stored, place)
-            save(liver, folder / "Ground" / f"liver_GT_{number:03d}.png")
-
-
-def spoil_chaos_ct(root: Path) -> Spoiled:
-    folder = root / "Train_Sets/CT"
-    shutil.rmtree(folder / "1/Ground")
-    return Spoiled(
-        "CT/1/Ground is missing",
-        rename(folder / "2/DICOM_anon/i0001,0000b.dcm", "slice-1.dcm"),
-        miscode(folder / "5/Ground/liver_GT_001.png"),
-    )
-
-
-def write_chaos_mr(root: Path, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    for case in (1, 2, 3, 5, 8, 10, 13, 15):
-        folder = root / "Train_Sets/MR" / str(case)
-        for number, place in enumerate(ORDER):
-            for sequence, phases in (("T1DUAL", ("InPhase", "OutPhase")), ("T2SPIR", (".",))):
-                pixels, organs = scene(rng, len(MR_CODES))
-                labels = np.zeros(SHAPE, np.uint8)
-                for code, organ in zip(MR_CODES, organs, strict=True):
-                    labels[organ] = code
-                # Of a dual echo the phases take turns: 2, 4, 6 in phase and 1, 3, 5 out of it.
-                numbers = [2 * number + 2, 2 * number + 1] if len(phases) == 2 else [number + 1]
-                for phase, shown in zip(phases, numbers, strict=True):
-                    stored = pixels[..., 0].astype(np.uint16) * 4 + (shown % 2)
-                    stored[0, 0] = 100 * place
-                    path = folder / sequence / "DICOM_anon" / phase / f"IMG-0004-{shown:05d}.dcm"
-                    write_dicom(path, stored, place, "MR")
-                save(labels, folder / sequence / "Ground" / f"IMG-0004-{numbers[0]:05d}.png")
-
-
-def spoil_chaos_mr(root: Path) -> Spoiled:
-    folder = root / "Train_Sets/MR"
-    shutil.rmtree(folder / "1/T2SPIR/Ground")
-    return Spoiled(
-        "MR/1/T2SPIR/Ground is missing",
-        rename(folder / "2/T1DUAL/DICOM_anon/OutPhase/IMG-0004-00003.dcm", "IMG-3.dcm"),
-        miscode(folder / "3/T1DUAL/Ground/IMG-0004-00004.png", 100),
     )
 
 

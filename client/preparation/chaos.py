@@ -21,7 +21,7 @@ kidney, 3 left kidney, 4 spleen, so that CT and MR sites can be of one consortiu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
@@ -119,7 +119,12 @@ def _find_series(source: Source, case: Path, series: Series) -> list[Item]:
     masks = source.files(folders[1], mask, examples[1])
     pairs: dict[Path, Path] = {}
     if folders[0] is not None and folders[1] is not None:
-        pairs = _pair(source, folders[1], list(slices.values()), list(masks.values()))
+        # The phases of a dual echo take turns in the numbers: 2, 4, 6 may have the masks 1, 2, 3.
+        if _places(slices, in_steps=kind == "MR") == _places(masks, in_steps=kind == "MR"):
+            pairs = dict(zip(slices.values(), masks.values(), strict=True))
+        else:
+            text = f"holds {len(masks)} masks for {len(slices)} slices, or other numbers than they have"
+            source.fault(folders[1], f"{text}: restore what is missing or renamed")
     geometry = _in_order(source, folders[0], list(pairs)) if folders[0] is not None else []
     if not geometry:  # no rows, and still the faults of each file
         source.also_read += [source.pixels(path, series.read_image) for path in slices.values()]
@@ -138,19 +143,9 @@ def _find_series(source: Source, case: Path, series: Series) -> list[Item]:
     ]
 
 
-def _pair(source: Source, ground: Path, slices: list[Path], masks: list[Path]) -> dict[Path, Path]:
-    """Slice -> mask by their places in the order of file numbers; a gap in one alone is a fault."""
-    in_steps = "MR" in ground.parts  # the phases of a dual echo take turns in the numbers
-    if _places(slices, in_steps) != _places(masks, in_steps):
-        text = f"holds {len(masks)} masks for {len(slices)} slices, or other numbers than they have"
-        source.fault(ground, f"{text}: restore what is missing or renamed")
-        return {}
-    return dict(zip(slices, masks, strict=True))
-
-
-def _places(paths: list[Path], in_steps: bool) -> list[int]:
+def _places(names: Iterable[str], in_steps: bool) -> list[int]:
     """The last numbers of the names, counted from the first; in steps of their own 2, 4, 8 are 0, 1, 3."""
-    numbers = [int(re.findall(r"\d+", path.stem.removesuffix("0000b"))[-1]) for path in paths]
+    numbers = [int(re.findall(r"\d+", name.removesuffix("0000b"))[-1]) for name in names]
     distances = [number - numbers[0] for number in numbers]
     step = gcd(*distances) if in_steps else 1
     return [distance // (step or 1) for distance in distances]

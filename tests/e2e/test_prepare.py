@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from click.testing import Result
+from click.testing import CliRunner, Result
 from PIL import Image
 
 from client.preparation.catalogue import CATALOGUE
 from client.preparation.pictures import read_labels
 from tests.e2e import walks
-from tests.official_layouts import LAYOUTS, Layout, save
+from tests.official_layouts import LAYOUTS
+from tests.official_pixels import Layout, save
+from wardround import main
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -254,6 +256,18 @@ def test_the_terms_are_shown_and_must_be_accepted() -> None:
         assert told in " ".join(refused.stderr.split()), told
     assert not Path("made").exists()
     assert not refused.stdout
+
+
+@pytest.mark.parametrize(("answer", "made"), [("y", True), ("n", False)])
+def test_on_a_terminal_the_terms_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, answer: str, made: bool
+) -> None:
+    LAYOUTS["stare"].write(Path("source"), 0)
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True)
+    done = CliRunner().invoke(main, ["data", "prepare", "stare", "source", "made"], input=f"{answer}\n")
+    assert "accept them?" in done.stderr
+    assert done.exit_code == (0 if made else 2), done.stderr
+    assert Path("made").exists() == made
 
 
 def test_an_existing_destination_is_left_alone() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,13 @@ from client.preparation import dsb2018
 from client.preparation.catalogue import CATALOGUE
 from client.preparation.dicom_series import read_slice, read_stored, series_fault
 from client.preparation.kidneyus import VALUES
-from client.preparation.pictures import read_binary, read_labels, read_picture
+from client.preparation.pictures import read_binary, read_labels
 from client.preparation.preparing import Preparation, prepare
-from client.preparation.workbook import read_rows
 from common.errors import DataError
 from tests import official_layouts as official
+from tests import official_scans as scans
 from tests.official_layouts import LAYOUTS
+from tests.official_pixels import SHAPE, save
 
 SAGITTAL = [0, 1, 0, 0, 0, -1]  # its normal is (-1, 0, 0)
 
@@ -64,12 +64,12 @@ def test_a_shuffled_ct_series_comes_out_in_the_order_of_the_patient_with_its_own
     """The copies' file numbers run 0, 1, 2 and lie at the places 1, 2, 0; a corner holds 40 HU a place."""
     write("chaos-ct")
     _, rows = made("chaos-ct")
-    for case in range(0, len(rows), official.SLICES):
-        series = rows[case : case + official.SLICES]
+    for case in range(0, len(rows), scans.SLICES):
+        series = rows[case : case + scans.SLICES]
         assert len({row["patient"] for row in series}) == 1
         marks = [int(pixels(row)[0, 0]) for row in series]
-        assert marks == [round((40 * place + 160) * 255 / 400) for place in range(official.SLICES)]
-    first = official.ORDER.index(0)
+        assert marks == [round((40 * place + 160) * 255 / 400) for place in range(scans.SLICES)]
+    first = scans.ORDER.index(0)
     stored = read_binary(Path(f"source/Train_Sets/CT/1/Ground/liver_GT_{first:03d}.png")) > 0
     assert np.array_equal(pixels(rows[0], "mask"), stored)
     assert {row["spacing_mm"] for row in rows} == {"0.75x0.5"}
@@ -81,7 +81,7 @@ def test_mr_sequences_keep_their_numbers_and_the_two_phases_share_their_masks() 
     _, rows = made("chaos-mr")
     mine = [row for row in rows if row["patient"] == "mr-1"]
     groups = ["t1-in-phase", "t1-out-of-phase", "t2-spir"]
-    assert [row["group"] for row in mine] == [name for name in groups for _ in range(official.SLICES)]
+    assert [row["group"] for row in mine] == [name for name in groups for _ in range(scans.SLICES)]
     assert pixels(mine[0]).dtype == np.uint16 or pixels(mine[0]).dtype == np.int32
     assert [int(pixels(row)[0, 0]) for row in mine] == [0, 100, 200] * 3
     phases = [[pixels(row, "mask") for row in mine if row["group"] == name] for name in groups[:2]]
@@ -96,7 +96,7 @@ def test_an_mr_code_is_a_range(value: int) -> None:
     path = source / "Train_Sets/MR/1/T2SPIR/Ground/IMG-0004-00001.png"
     labels = read_labels(path)
     labels[labels == 63] = value
-    official.save(labels, path)
+    save(labels, path)
     _, rows = made("chaos-mr")
     assert any((pixels(row, "mask") == 1).any() for row in rows if row["patient"] == "mr-1")
 
@@ -119,10 +119,10 @@ def test_a_gap_in_each_at_another_place_is_no_pairing() -> None:
 
 
 def test_slices_are_ordered_along_their_own_normal(tmp_path: Path) -> None:
-    stored = np.zeros(official.SHAPE, np.uint16)
+    stored = np.zeros(SHAPE, np.uint16)
     for number, x in enumerate((10.0, -5.0, 2.5)):
         tags = {"ImageOrientationPatient": SAGITTAL, "ImagePositionPatient": [x, 0, 0]}
-        official.write_dicom(tmp_path / f"{number}.dcm", stored, 0, **tags)
+        scans.write_dicom(tmp_path / f"{number}.dcm", stored, 0, **tags)
     slices = sorted((read_slice(path) for path in tmp_path.iterdir()), key=lambda one: one.place_mm)
     assert [one.path.stem for one in slices] == ["0", "2", "1"], "towards the left the normal falls"
     assert series_fault(slices) == ""
@@ -137,31 +137,31 @@ def test_slices_are_ordered_along_their_own_normal(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_series_is_told(tmp_path: Path, tags: dict[str, list[float]], told: str) -> None:
-    stored = np.zeros(official.SHAPE, np.uint16)
-    official.write_dicom(tmp_path / "0.dcm", stored, 0)
-    official.write_dicom(tmp_path / "1.dcm", stored, 1, **tags)
+    stored = np.zeros(SHAPE, np.uint16)
+    scans.write_dicom(tmp_path / "0.dcm", stored, 0)
+    scans.write_dicom(tmp_path / "1.dcm", stored, 1, **tags)
     assert told in series_fault([read_slice(path) for path in sorted(tmp_path.iterdir())])
 
 
 @pytest.mark.parametrize("tag", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"])
 def test_a_header_without_geometry_names_what_it_lacks(tmp_path: Path, tag: str) -> None:
-    official.write_dicom(tmp_path / "0.dcm", np.zeros(official.SHAPE, np.uint16), 0, **{tag: None})
+    scans.write_dicom(tmp_path / "0.dcm", np.zeros(SHAPE, np.uint16), 0, **{tag: None})
     with pytest.raises(DataError, match=tag):
         read_slice(tmp_path / "0.dcm")
 
 
 def test_stored_numbers_get_slope_and_intercept(tmp_path: Path) -> None:
-    stored = np.arange(np.prod(official.SHAPE)).reshape(official.SHAPE)
-    official.write_dicom(tmp_path / "0.dcm", stored, 0, RescaleSlope=2)
-    assert np.array_equal(read_stored(tmp_path / "0.dcm"), 2.0 * stored + official.HU_INTERCEPT)
+    stored = np.arange(np.prod(SHAPE)).reshape(SHAPE)
+    scans.write_dicom(tmp_path / "0.dcm", stored, 0, RescaleSlope=2)
+    assert np.array_equal(read_stored(tmp_path / "0.dcm"), 2.0 * stored + scans.HU_INTERCEPT)
 
 
 @pytest.mark.usefixtures("folder")
 def test_ct_is_windowed_to_soft_tissue() -> None:
     source = write("chaos-ct")
-    hu = np.linspace(-1000, 1000, int(np.prod(official.SHAPE))).round().reshape(official.SHAPE)
+    hu = np.linspace(-1000, 1000, int(np.prod(SHAPE))).round().reshape(SHAPE)
     path = source / "Train_Sets/CT/1/DICOM_anon/i0002,0000b.dcm"  # at place 0
-    official.write_dicom(path, hu - official.HU_INTERCEPT, 0)
+    scans.write_dicom(path, hu - scans.HU_INTERCEPT, 0)
     _, rows = made("chaos-ct")
     image = pixels(rows[0]).astype(float)
     assert (image[hu <= -160] == 0).all()
@@ -184,7 +184,7 @@ def test_polygons_are_painted_over_the_capsule_whatever_their_order() -> None:
         assert centre == value or anatomy == "Capsule"
         assert (mask[top, left : right + 1] >= value).all(), "the border belongs to it"
     left, top, right, bottom = official.KIDNEY_REGIONS["Capsule"]
-    kidney = np.zeros(official.SHAPE, bool)
+    kidney = np.zeros(SHAPE, bool)
     kidney[top : bottom + 1, left : right + 1] = True
     assert np.array_equal(mask > 0, kidney), "the class kidney has every value"
 
@@ -385,43 +385,3 @@ def test_without_a_test_half_patients_are_dealt() -> None:
     told, rows = made("autooral")
     assert told.seed == 0
     assert len({row["split"] for row in rows if row["patient"] == "train-P1"}) == 1
-
-
-def test_a_workbook_is_read_as_text(tmp_path: Path) -> None:
-    path = tmp_path / "book.xlsx"
-    official.write_workbook(path, [["Name", "Number"], ["a", 1], ["b", 22]])
-    assert read_rows(path) == [{"Name": "a", "Number": "1"}, {"Name": "b", "Number": "22"}]
-    header = '<row><c r="A1" t="inlineStr"><is><t>N</t></is></c></row>'
-    sheet = f'<worksheet xmlns="{official.SHEET}"><sheetData>{header}'
-    with zipfile.ZipFile(path, "w") as book:
-        book.writestr(
-            "xl/worksheets/sheet1.xml", f'{sheet}<row><c r="A2"><v>7.0</v></c></row></sheetData></worksheet>'
-        )
-    assert read_rows(path) == [{"N": "7"}]
-
-
-# --- pictures ---------------------------------------------------------------------------------------
-
-
-def test_masks_may_be_one_bit_grey_a_palette_or_three_equal_channels(tmp_path: Path) -> None:
-    disc = np.zeros((9, 11), bool)
-    disc[2:5, 3:8] = True
-    grey = official.grey(disc)
-    official.save(disc, tmp_path / "bit.png")
-    official.save(grey, tmp_path / "grey.gif")
-    official.save(np.stack([grey] * 3, axis=2), tmp_path / "colour.bmp")
-    Image.fromarray(grey).convert("P").save(tmp_path / "palette.png")
-    for path in tmp_path.iterdir():
-        assert np.array_equal(read_binary(path), grey), path.name
-
-
-def test_a_mask_in_colour_is_refused(tmp_path: Path) -> None:
-    official.save(np.dstack([np.full((4, 4), value, np.uint8) for value in (0, 255, 0)]), tmp_path / "a.png")
-    with pytest.raises(DataError, match="in colour"):
-        read_binary(tmp_path / "a.png")
-
-
-def test_a_grey_picture_stays_grey_and_alpha_goes(tmp_path: Path) -> None:
-    grey = np.arange(20, dtype=np.uint8).reshape(4, 5)
-    official.save(np.dstack([grey, np.full_like(grey, 9)]), tmp_path / "la.png")
-    assert np.array_equal(read_picture(tmp_path / "la.png"), grey)
