@@ -83,7 +83,7 @@ def prepare(known: KnownSet, source: Path, destination: Path, seed: int) -> Prep
         if found.faults:
             faults = list(dict.fromkeys(found.faults))
             raise DataError(
-                f"{source} is not {known.name} as it is handed out ({len(faults)} faults)", faults
+                f"{source} is not {known.name} as it is handed out ({len(faults)} fault(s))", faults
             )
         _write_manifest(building / MANIFEST, items, splits)
         made = _summary(known, destination, items, splits, seed, found.notes)

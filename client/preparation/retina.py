@@ -59,6 +59,7 @@ def _find_drive(source: Source) -> list[Item]:
 
 def _find_chase(source: Source) -> list[Item]:
     source.step_into("CHASEDB1", "CHASE_DB1")
+    source.notes.append("the split is the customary one: children 01 to 10 train, 11 to 14 test.")
     items = []
     for key, image, mask in source.pairs(CHASE_IMAGE, replace(CHASE_MASK, beside=SECOND_OBSERVER)):
         split = Split.train if int(key[:2]) <= CHASE_TRAINING_CHILDREN else Split.test

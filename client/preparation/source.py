@@ -73,7 +73,8 @@ class Source:
 
     def name_of(self, path: Path) -> str:
         """The path from the folder that the user named, with slashes."""
-        return path.relative_to(self.top).as_posix()
+        name = path.relative_to(self.top).as_posix()
+        return "the folder" if name == "." else name
 
     def fault(self, path: Path, text: str) -> None:
         self.faults.append(f"{self.name_of(path)} {text}")
@@ -146,6 +147,11 @@ class Source:
             self.files(folder, _pattern(kind), kind.name.format(kind.example), kind.beside)
             for folder, kind in zip(folders, kinds, strict=True)
         ]
+        for folder, kind, files in zip(folders, kinds, found, strict=True):
+            if folder is not None and not files:
+                self.fault(
+                    folder, f"holds no file like {kind.name.format(kind.example)}: unpack the whole set again"
+                )
         read = [
             {key: self.pixels(path, kind.read) for key, path in files.items()}
             for files, kind in zip(found, kinds, strict=True)
