@@ -20,6 +20,7 @@ import click
 from client.audit_commands import audit
 from client.commands import data, student
 from client.policy_commands import policy_draft
+from client.preparation.commands import prepare, sets
 from common import progress
 from common.commands import doctor, teacher
 from common.errors import DEFECT_EXIT_CODE, INTERRUPTED_EXIT_CODE, WardroundError
@@ -104,6 +105,8 @@ def main() -> None:
 
 for command in (demo, simulate, recipes, validate, report, data, teacher, student, privacy, doctor):
     main.add_command(command)
+data.add_command(prepare)
+data.add_command(sets)
 privacy.add_command(audit)
 policy_group.add_command(policy_draft)
 

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 from monai.data.image_reader import ImageReader, PILReader
-from monai.transforms import LoadImage
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -100,9 +99,8 @@ READERS: dict[str, Callable[[Role], ImageReader]] = {
 
 
 @cache
-def _reader(suffix: str, role: Role) -> tuple[LoadImage, ImageReader]:
-    reader = READERS[suffix](role)
-    return LoadImage(reader=reader, image_only=True, dtype=None, ensure_channel_first=True), reader
+def _reader(suffix: str, role: Role) -> ImageReader:
+    return READERS[suffix](role)
 
 
 def _load(path: Path, role: Role) -> Array:
@@ -111,10 +109,11 @@ def _load(path: Path, role: Role) -> Array:
         raise DataError(f"{path}: no reader for the suffix {suffix!r}: use {', '.join(READERS)}.")
     if not path.is_file():
         raise DataError(f"{path} does not exist: correct the path in the manifest or restore the file.")
-    load, reader = _reader(suffix, role)
+    reader = _reader(suffix, role)
     try:
-        # The reader goes with the call: MONAI then lets its exceptions through instead of trying others.
-        loaded: Array = load(str(path), reader=reader).numpy()
+        # Not MONAI's LoadImage: it sets up every reader that it knows, and warns of those it cannot.
+        stored: Array = reader.get_data(reader.read(str(path)))[0]
+        loaded = np.moveaxis(stored, -1, 0) if stored.ndim == 3 else stored[None]
     except DataError as error:
         raise DataError(f"{path}: {error.message}") from None
     except Exception as error:  # OSError, SyntaxError, ValueError, struct.error ...: Pillow has no one class
