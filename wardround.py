@@ -20,6 +20,7 @@ import click
 from client.audit_commands import audit
 from client.commands import data, student
 from client.policy_commands import policy_draft
+from client.synthetic_commands import synthetic
 from common import progress
 from common.commands import doctor, teacher
 from common.errors import DEFECT_EXIT_CODE, INTERRUPTED_EXIT_CODE, WardroundError
@@ -102,7 +103,19 @@ def main() -> None:
         os.environ.setdefault(name, value)
 
 
-for command in (demo, simulate, recipes, validate, report, data, teacher, student, privacy, doctor):
+for command in (
+    demo,
+    simulate,
+    recipes,
+    validate,
+    report,
+    data,
+    teacher,
+    student,
+    synthetic,
+    privacy,
+    doctor,
+):
     main.add_command(command)
 privacy.add_command(audit)
 policy_group.add_command(policy_draft)
