@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from client.patients import Patient
 from common.plan import RunPlan
-from common.teacher import shipped_teacher
+from common.teacher import untrained_teacher
 
 Encoder = Callable[[Tensor], Tensor]  # (B, 3, S, S) in [0, 1] -> (B, D), rows of length one
 
@@ -26,7 +26,7 @@ VIEWS = 8
 
 def encoders(plan: RunPlan) -> dict[str, Encoder]:
     """Both, for images of ``plan``. The public one is the shipped teacher's encoder, which no run trains."""
-    network = shipped_teacher(plan.teacher.name, plan.data.image_size).eval()
+    network = untrained_teacher(plan.teacher, plan.data).eval()
 
     @torch.inference_mode()
     def encode(images: Tensor) -> Tensor:
