@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.special import betainc
+from scipy.special import betainc, betaincinv
 from torch import Tensor
 
 from client.curation.encodings import VIEWS, Encoder, dihedral_views, real_chunks
@@ -184,8 +184,6 @@ def upper_coverage(covered: int, patients: int, alpha: float = ALPHA) -> float:
     Without a copy it is the rule of three, 3 / N (Hanley and Lippman-Hand 1983), otherwise exact
     (Clopper and Pearson 1934), never above 1.
     """
-    from scipy.special import betaincinv
-
     if covered == 0:
         return min(1.0, 3 / patients)
     if covered == patients:
