@@ -21,6 +21,7 @@ from client.audit_commands import audit
 from client.commands import data, student
 from client.policy_commands import policy_draft
 from client.preparation.commands import prepare, sets
+from client.synthetic_commands import synthetic
 from common import progress
 from common.commands import doctor, teacher
 from common.errors import DEFECT_EXIT_CODE, INTERRUPTED_EXIT_CODE, WardroundError
@@ -103,7 +104,19 @@ def main() -> None:
         os.environ.setdefault(name, value)
 
 
-for command in (demo, simulate, recipes, validate, report, data, teacher, student, privacy, doctor):
+for command in (
+    demo,
+    simulate,
+    recipes,
+    validate,
+    report,
+    data,
+    teacher,
+    student,
+    synthetic,
+    privacy,
+    doctor,
+):
     main.add_command(command)
 data.add_command(prepare)
 data.add_command(sets)

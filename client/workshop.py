@@ -1,7 +1,7 @@
 """What a site does between the last round and its students: the transfer set, the students, the note.
 
 Files written here stay in the site's folder: ``student.safetensors``, ``personal.safetensors``,
-``baselines/``, ``synthetic/``.
+``baselines/``, ``synthetic/``, ``quarantine/``, ``generator.safetensors``.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from client.curation import Curated, synthetic_part
+from client.curation.quarantine import keep_quarantine, told_counts
 from client.deadline import Deadline
 from client.distillation import distil
 from client.dp.bench import forget
@@ -26,7 +27,7 @@ from client.prefix_cache import PrefixCache
 from client.site import Site
 from client.students import build_student, load_student, save_student
 from client.teachers import LOCAL_TEACHER, SiteTeachers
-from client.transfer.gallery import save_synthetic
+from client.transfer.gallery import GENERATOR_FILE, SYNTHETIC, save_synthetic
 from client.transfer.making import TransferMaker
 from client.transfer.painting import Painter
 from client.variants import VARIANTS, Start
@@ -74,8 +75,7 @@ class Workshop:
             path = self.site.folder / "baselines" / f"{LOCAL_TEACHER}.safetensors"
             path.parent.mkdir(exist_ok=True)
             self.teachers.local.save(path)
-        if curated is not None and curated.generated:
-            save_synthetic(synthetic_part(curated.transfer), self.site.folder / "synthetic", self.plan)
+        self._keep_images(curated)
         return self._note(curated)
 
     @property
@@ -87,9 +87,24 @@ class Workshop:
         return SiteTeachers(self.site, self.plan, self.adapter, self._labelled, self.deadline)
 
     @cached_property
+    def _painter(self) -> Painter:
+        return Painter(self.site, self.plan, self.styles, self.generator, self._labelled, self.deadline)
+
+    @cached_property
     def _transfer(self) -> TransferMaker:
-        painter = Painter(self.site, self.plan, self.styles, self.generator, self._labelled, self.deadline)
-        return TransferMaker(self.teachers, painter, self.train)
+        return TransferMaker(self.teachers, self._painter, self.train)
+
+    def _keep_images(self, curated: Curated | None) -> None:
+        """The student's synthetic images, those that were taken out as copies, and who painted them."""
+        screened = self._painter.images("all")
+        if curated is None or screened is None:
+            return
+        keep_quarantine(screened, self.site.folder)
+        if self._painter.trained is not None:
+            self._painter.trained.save(self.site.folder / GENERATOR_FILE)
+        if curated.generated:
+            folder = self.site.folder / SYNTHETIC
+            save_synthetic(synthetic_part(curated.transfer), folder, self.plan, self._painter.trained)
 
     def _train(self, name: str, curated: Curated | None) -> None:
         variant, kind = VARIANTS[name], self.site.student or self.plan.student.name
@@ -116,9 +131,7 @@ class Workshop:
             sha256=student.card.sha256,
             latency_ms=latency_ms(student.module, image),
             teacher_latency_ms=teacher_ms,
-            generated=0 if curated is None else curated.generated,
-            kept=0 if curated is None else curated.kept,
-            dropped_inconsistent=0 if curated is None else curated.dropped_inconsistent,
+            **asdict(told_counts(curated, self._painter.images("all"), self.plan, self.site.policy)),
         )
 
 

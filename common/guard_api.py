@@ -58,7 +58,11 @@ class Metric:
 
 @dataclass(frozen=True)
 class StudentNote:
-    """What a site says of its student: never the student itself."""
+    """What a site says of its student: never the student itself.
+
+    ``dropped_copy``: synthetic images taken out because they are like a patient's, and ``copy_rate`` their
+    share; None where no test ran, or the site withholds it: ``kept`` then counts them too.
+    """
 
     site: str
     name: str
@@ -69,6 +73,8 @@ class StudentNote:
     generated: int
     kept: int
     dropped_inconsistent: int
+    dropped_copy: int | None = None
+    copy_rate: float | None = None
     ledger_head: SignedHead | None = None
 
 

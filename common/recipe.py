@@ -246,6 +246,7 @@ class GeneratorConfig:
     sampler_steps: int = 15  # denoiser calls an image
     style_groups: int = 5  # at most this many appearance groups a site
     keep_dice: float = 0.5  # an image whose teacher mask agrees less with its conditioning mask is dropped
+    keep_learnable: float = 1.0  # share of those left that have most to teach; the others are passed over
     rounds: int = 1  # federated scope: adapter rounds
     steps: int = 30  # local and federated scope: optimiser steps a site and round
     rank: int = 8

@@ -108,6 +108,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "sampler_steps": Range(1, 20),
         "style_groups": COUNT,
         "keep_dice": SHARE,
+        "keep_learnable": Range(0, 1, open_low=True),
         "rounds": COUNT,
         "steps": COUNT,
         "rank": COUNT,

@@ -101,8 +101,11 @@ def admit_style(style: StyleSummary, max_groups: int) -> None:
 def admit_note(note: StudentNote, site: str) -> None:
     """Raises ``ArtefactError`` with every reason."""
     faults = ["the note of another site"] if note.site != site else []
-    if min(note.params, note.generated, note.kept, note.dropped_inconsistent) < 0:
+    counts = (note.params, note.generated, note.kept, note.dropped_inconsistent, note.dropped_copy or 0)
+    if min(counts) < 0:
         faults.append("a negative count")
+    if not 0 <= (note.copy_rate or 0.0) <= 1:
+        faults.append("a copy rate outside 0 to 1")
     if min(note.latency_ms, note.teacher_latency_ms) < 0:
         faults.append("a negative time")
     _settle(faults)

@@ -137,7 +137,8 @@ def _student_entry(site: Site, note: StudentNote) -> StudentEntry:
 
 
 def _synthetic_entry(note: StudentNote) -> SyntheticEntry:
-    return SyntheticEntry(note.generated, note.kept, note.dropped_inconsistent)
+    dropped = (note.dropped_inconsistent, note.dropped_copy, note.copy_rate)
+    return SyntheticEntry(note.generated, note.kept, *dropped)
 
 
 def _receipts(sites: Path) -> list[EgressEntry]:

@@ -9,8 +9,10 @@ from functools import cached_property
 from torch import Tensor
 
 from client.curation import Curated, drop_inconsistent
+from client.curation.learnability import keep_learnable
 from client.generation import SyntheticSet
 from client.patients import Patient
+from client.students import Student, build_student
 from client.teachers import SiteTeachers
 from client.transfer.labelling import assemble_transfer_set
 from client.transfer.painting import Painter
@@ -35,8 +37,9 @@ class TransferMaker:
         return self.teachers.plan
 
     def curated(self, variant: Variant) -> Curated | None:
-        """The transfer set of ``variant``, labelled by its teacher, without inconsistent images."""
-        synthetic = None if variant.styles is None else self.painter.images(variant.styles)
+        """The transfer set of ``variant``, labelled by its teacher, without those that are not worth it."""
+        painted = None if variant.styles is None else self.painter.images(variant.styles)
+        synthetic = None if painted is None else painted.kept
         if variant.teacher is None:
             transfer = assemble_transfer_set(None, synthetic, None, self.plan.data.exclusive)
         else:
@@ -44,7 +47,17 @@ class TransferMaker:
             transfer = join([self._labelled_by(*part) for part in parts])
         if transfer is None:
             return None
-        return drop_inconsistent(transfer, self.plan.generator.keep_dice, self.plan.data.exclusive)
+        settings, exclusive = self.plan.generator, self.plan.data.exclusive
+        curated = drop_inconsistent(transfer, settings.keep_dice, exclusive)
+        if settings.keep_learnable == 1:
+            return curated
+        return keep_learnable(curated, self._beginner, settings.keep_learnable, exclusive)
+
+    @cached_property
+    def _beginner(self) -> Student:
+        """The student before it has learned anything at this site."""
+        kind, seed = self.teachers.site.student or self.plan.student.name, self.teachers.site.draw_seed
+        return build_student(kind, self.plan.data, True, seed(self.plan, "student"))
 
     def _labelling(self, teacher: str, synthetic: SyntheticSet | None) -> list[_Labelling]:
         """Whose adapter labels which images."""

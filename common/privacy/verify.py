@@ -29,12 +29,13 @@ from common.privacy.policy import (
     SIGNATURE_SUFFIX,
     Policy,
     StageRule,
+    SyntheticRelease,
     check_signature,
     moment,
     policy_from,
 )
 from common.privacy.published import PublishedMetrics
-from common.privacy.receipts import read_receipts, receipt_faults
+from common.privacy.receipts import SYNTHETIC, read_receipts, receipt_faults
 from common.privacy.witness import ROLLED_BACK, chain_keys, heads_of, witness_faults
 from common.strict_json import parse_strictly
 
@@ -304,7 +305,7 @@ def _payloads(
     found.faults += receipt_faults(entries, files[RECEIPTS], receipts)
     open_stages = sorted({receipt.stage for receipt in receipts if receipt.mechanism == "none"})
     for stage in open_stages:
-        rule = getattr(policy.stages, stage, None) if policy is not None else None
+        rule = None if policy is None else _rule(policy, stage)
         if policy is not None and rule is not None and rule is not StageRule.dp_required:
             found.faults.append(f"stage {stage}: something left, and the policy says {rule}")
         elif rule is StageRule.dp_required:
@@ -317,6 +318,14 @@ def _payloads(
         "payloads": len(receipts), "bytes": sum(receipt.bytes for receipt in receipts),
         "without_mechanism": sum(receipt.mechanism == "none" for receipt in receipts),
     }  # fmt: skip
+
+
+def _rule(policy: Policy, stage: str) -> StageRule | None:
+    """What ``policy`` says of what leaves in ``stage``; of synthetic images only whether any may."""
+    if stage == SYNTHETIC and policy.synthetic.release is SyntheticRelease.forbidden:
+        return StageRule.forbidden
+    found: StageRule | None = getattr(policy.stages, stage, None)
+    return found
 
 
 def _audits(entries: Sequence[Entry], found: Findings) -> None:

@@ -109,7 +109,10 @@ class StudentEntry:
 
 @dataclass(frozen=True)
 class SyntheticEntry:
-    """``copy_rate`` and ``dropped_copy`` are None where no copy test was run."""
+    """``copy_rate`` and ``dropped_copy`` are None where no copy test ran, or the site withheld them.
+
+    What is not counted as kept or dropped was passed over for images with more to learn from.
+    """
 
     generated: int
     kept: int

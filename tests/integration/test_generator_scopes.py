@@ -73,3 +73,20 @@ def test_a_student_without_federation_is_trained_in_every_scope(run: tuple[str, 
     _, out = run
     for site in ("east", "west"):
         assert (out / "sites" / site / "baselines" / "no_federation.safetensors").exists()
+
+
+def test_a_generator_that_patients_trained_is_kept_and_its_images_were_held_against_them(
+    run: tuple[str, Path],
+) -> None:
+    scope, out = run
+    trained = scope in ("local", "federated")
+    outcome = RunOutcome.load(out / "state")
+    for site in ("east", "west"):
+        home = out / "sites" / site
+        assert (home / "generator.safetensors").exists() == trained
+        assert (home / "quarantine" / "worst-pairs.html").exists() == trained
+        assert (outcome.notes[site].dropped_copy is not None) == trained
+        if trained:
+            found = json.loads((home / "quarantine" / "findings.json").read_text())
+            assert (found["images"], found["patients"], found["holdout"]) == (2, 3, 4)
+            assert outcome.notes[site].dropped_copy == found["copied"] == 0
