@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 import click
 
 from client.audit_commands import audit
-from client.commands import data, student
+from client.commands import data
 from client.policy_commands import policy_draft
+from client.student_commands import student
 from common import progress
 from common.commands import doctor, teacher
 from common.errors import DEFECT_EXIT_CODE, INTERRUPTED_EXIT_CODE, WardroundError

@@ -87,35 +87,32 @@ def open_nifti(path: Path) -> Opened:
     from nibabel.filebasedimages import ImageFileError
 
     try:
-        header = nibabel.load(path).header.copy()
+        image: Any = nibabel.load(path)
+        header = image.header.copy()
         shape = tuple(int(side) for side in header.get_data_shape())
         while len(shape) > 2 and shape[-1] == 1:
             shape = shape[:-1]
         if not 2 <= len(shape) <= 3 or 0 in shape:
             raise DataError(f"{path} has {len(shape)} dimensions: save one volume a file.")
         whole = (*shape, 1)[:3]
-        mapped = _mapped(path, header, whole)
-        slope, intercept = header.get_slope_inter()
+        # The header itself forgets offset and scale when it is loaded.
+        stored = image.dataobj
+        mapped = _mapped(path, stored.dtype, int(stored.offset), whole)
     except DataError:
         raise
     except (ImageFileError, EOFError, OSError, ValueError, zlib.error) as error:
         raise DataError(f"{path} cannot be read as NIfTI ({type(error).__name__}): save it again.") from error
     placed = bool(int(header["sform_code"]) or int(header["qform_code"]))
     grid = Grid(whole, np.asarray(header.get_best_affine(), np.float64), placed)
-    return Opened(mapped, header, grid, *_scale(slope, intercept))
+    return Opened(mapped, header, grid, float(stored.slope), float(stored.inter))
 
 
-def _scale(slope: float | None, intercept: float | None) -> tuple[float, float]:
-    return (1.0 if slope is None else float(slope)), (0.0 if intercept is None else float(intercept))
-
-
-def _mapped(path: Path, header: Any, shape: tuple[int, ...]) -> Array:
-    kind = header.get_data_dtype()
+def _mapped(path: Path, kind: Any, offset: int, shape: tuple[int, ...]) -> Array:
     colour = kind.fields and set(kind.fields) >= {"R", "G", "B"}
     if not (colour or np.issubdtype(kind, np.integer) or np.issubdtype(kind, np.floating)):
         raise DataError(f"{path} holds {kind} numbers: save it as whole or real numbers.")
     with _plain(path) as file:
-        mapped = np.memmap(file, kind, "r", int(header.get_data_offset()), shape, "F")
+        mapped = np.memmap(file, kind, "r", offset, shape, "F")
     return np.stack([mapped[name] for name in "RGB"], axis=-1) if colour else mapped
 
 
