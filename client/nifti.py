@@ -22,7 +22,7 @@ from common.errors import DataError
 
 SUFFIXES = (".nii", ".nii.gz")
 COMPRESSION = 1  # masks are nearly empty: a higher level costs time and saves little
-AXES = ("sagittal", "coronal", "axial")  # by the anatomical axis that a slice stands upright on
+AXES = ("sagittal", "coronal", "axial")  # slices along the right, the anterior, the superior axis
 
 
 @dataclass(frozen=True)
@@ -166,4 +166,5 @@ def header_of(grid: Grid) -> Any:
 
 
 def axis_name(grid: Grid, axis: int) -> str:
-    return AXES[grid.nearest_directions()[axis][0]]
+    """What slices along ``axis`` are called, by the anatomical axis nearest to it."""
+    return AXES[grid.nearest_directions()[axis][0]] if grid.placed else "of no known direction"
