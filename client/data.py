@@ -13,15 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from monai.transforms import Transform
-from numpy.typing import NDArray
-from scipy import ndimage
-from torch import Tensor
-from torch.nn import functional
 
 from client.images import mask_labels, open_mask, open_stack
 from client.manifest import label_text, size_text
 from client.manifest_rows import Manifest, ManifestRow, read_manifest
 from client.patients import Patient, Sample, Split
+from client.pixels import field_of_view, percentile_stretch, resize
 from client.splits import assign_splits
 from client.stacks import Raster
 from common.errors import DataError
@@ -29,12 +26,6 @@ from common.probability import masks_of
 from common.recipe import ClassConfig, DataConfig
 
 Record = dict[str, Any]
-
-LOW_PERCENTILE, HIGH_PERCENTILE = 0.5, 99.7
-MIN_RANGE = 0.05  # of full scale: a nearly constant channel is not blown up into noise
-SURROUND_LEVEL = 0.1  # of the way from the darkest to a bright pixel: below lies the surround
-BLACK_LEVEL = 0.25  # of a bright pixel: an image whose darkest part is lighter has no surround
-MIN_FIELD = 0.25  # of the image: a smaller field of view is a mistake of the threshold
 
 
 def load_patients(manifest: Path, data: DataConfig, seed: int) -> list[Patient]:
@@ -74,66 +65,6 @@ def sample_of(raster: Raster, path: Path, data: DataConfig) -> Sample:
     """A decoded slice of ``path`` as the models see it. Raises `DataError` if it has no finite numbers."""
     row = ManifestRow(line=0, image=path, mask=None, patient="")
     return _apply(_steps(data), {"row": row, "raster": raster, "labels": None, "spacing_mm": None})
-
-
-def percentile_stretch(image: Tensor, valid: Tensor) -> Tensor:
-    """Stretch each channel from its 0.5th to its 99.7th percentile over valid pixels; black elsewhere.
-
-    Args:
-        image: (C, H, W) float, 1 being full scale.
-        valid: (H, W) bool with at least one pixel.
-
-    Returns:
-        (C, H, W) float32 in [0, 1]. The range is taken as at least `MIN_RANGE`; equal channels stay equal.
-    """
-    inside = image[:, valid].numpy()
-    low, high = np.percentile(inside, (LOW_PERCENTILE, HIGH_PERCENTILE), axis=1).astype(np.float32)
-    span = torch.from_numpy(np.maximum(high - low, MIN_RANGE))[:, None, None]
-    stretched = (image - torch.from_numpy(low)[:, None, None]) / span
-    return torch.where(valid, stretched.clamp(0.0, 1.0), 0.0).float()
-
-
-def field_of_view(image: Tensor) -> Tensor:
-    """(H, W) bool: where a (C, H, W) photograph with a dark surround shows tissue.
-
-    The brightest channel, as it is and smoothed, is cut at a level between surround and tissue; the
-    largest component, its holes filled, is the field. All True where no dark surround is found.
-    """
-    brightest = image.amax(dim=0).numpy()
-    smooth = ndimage.gaussian_filter(brightest, sigma=max(1.0, 0.005 * max(brightest.shape)))
-    dark, bright = float(smooth.min()), float(np.percentile(smooth, 95))
-    everything = torch.ones(brightest.shape, dtype=torch.bool)
-    if dark > BLACK_LEVEL * bright or dark == bright:
-        return everything
-    level = dark + SURROUND_LEVEL * (bright - dark)
-    # Smooth alone would widen the field by the blur, raw pixels alone would let noise outside join it.
-    parts, _ = ndimage.label((smooth > level) & (brightest > level))
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0  # the surround
-    field = ndimage.binary_fill_holes(parts == sizes.argmax())
-    return torch.from_numpy(field) if field.mean() >= MIN_FIELD else everything
-
-
-def area_weights(stored: int, wanted: int) -> Tensor:
-    """(wanted, stored) float32: the share of each stored pixel in each wanted one; rows sum to 1."""
-    edges = np.arange(wanted + 1) * (stored / wanted)
-    starts = np.arange(stored)
-    upper = np.minimum(edges[1:, None], starts[None] + 1.0)
-    lower = np.maximum(edges[:-1, None], starts[None])
-    weights: NDArray[np.float64] = np.clip(upper - lower, 0.0, None) * (wanted / stored)
-    return torch.from_numpy(weights.astype(np.float32))
-
-
-def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """(C, H, W) float -> (C, height, width): the area's mean downwards, bilinear upwards."""
-    if image.shape[1] < height or image.shape[2] < width:
-        grown = functional.interpolate(
-            image[None], size=(height, width), mode="bilinear", align_corners=False
-        )
-        return grown[0]
-    rows = area_weights(image.shape[1], height)
-    columns = area_weights(image.shape[2], width)
-    return rows @ image @ columns.T
 
 
 class ChannelsAndClassesd(Transform):  # type: ignore[misc]

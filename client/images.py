@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from client import dicom, nifti
-from client.stacks import Array, Raster, Stack, full_scale_of
+from client.pixels import full_scale_of
+from client.stacks import Array, Raster, Stack
 from common.errors import DataError
 
 __all__ = [

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from client.data import load_patients, resize, sample_of
+from client.data import load_patients, sample_of
 from client.evaluation import THRESHOLD, evaluate_patients, predict, release_metrics
 from client.export.loading import load_runnable
 from client.export.model_card import measured_metrics
@@ -27,6 +26,7 @@ from client.manifest_rows import read_manifest
 from client.mask_files import Mask, ScanFormat, label_volume, save, write_picture_mask, write_scan_mask
 from client.nifti import axis_name
 from client.patients import Split, of_split
+from client.pixels import label_map, resize
 from client.sources import Kind, find_sources
 from client.stacks import Raster, Stack
 from client.students import LoadedStudent
@@ -34,7 +34,6 @@ from common import progress
 from common.errors import DataError, UsageError
 from common.guard_api import Metric
 from common.metrics import FloatArray
-from common.probability import masks_of
 from common.recipe import ClassConfig, DataConfig, EvaluationConfig, PolicyConfig
 
 OVERLAYS = "overlays"
@@ -210,12 +209,9 @@ def label_image(probability: Tensor, data: DataConfig, threshold: float) -> Labe
     Where it finds several, one label has to stand for them: that of the innermost class (the fewest label
     values: a medulla within its kidney), and among equals of the most probable.
     """
-    found = masks_of(probability, data.exclusive, threshold)
-    breadth = torch.tensor([len(item.values) for item in data.classes])[:, None, None]
-    outer = found & (breadth > torch.where(found, breadth, breadth.max()).amin(0))
-    _, index = torch.where(found & ~outer, probability, -1.0).max(dim=0)
-    values = torch.tensor([item.label for item in data.classes], dtype=torch.uint8)
-    labels: Labels = torch.where(found.any(0), values[index], 0).to(torch.uint8).numpy()
+    values = [item.values for item in data.classes]
+    chosen = label_map(probability, values, [item.label for item in data.classes], data.exclusive, threshold)
+    labels: Labels = chosen.numpy()
     return labels
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from client.pixels import largest_of, white_level
 from common.errors import DataError
 
 Array = NDArray[Any]
 Affine = NDArray[np.float64]
 
-BIT_DEPTHS = (8, 10, 12, 14, 16)
 GRID_TOLERANCE = 0.02  # of a voxel: how far two files of one grid may be apart
 
 
@@ -31,33 +31,11 @@ class Raster:
 
     Attributes:
         pixels: (C, H, W) float32, the stored numbers; C is 1 (grey) or 3 (colour).
-        full_scale: the number that stands for white; see `full_scale_of`.
+        full_scale: the number that stands for white; see `client.pixels.full_scale_of`.
     """
 
     pixels: NDArray[np.float32]
     full_scale: float
-
-
-def full_scale_of(stored: Array) -> float:
-    """The white level of stored numbers: of the container's bits only those in use count.
-
-    Scanners write 10, 12 or 14 bits into 16-bit files, so a 16-bit file's white is the smallest usual
-    bit depth that holds its largest number. A float file has no fixed white: its largest magnitude.
-    """
-    return white_level(largest_of(stored), not np.issubdtype(stored.dtype, np.floating))
-
-
-def largest_of(stored: Array) -> float:
-    """The largest finite magnitude, 0 where nothing is finite."""
-    finite = stored[np.isfinite(stored)]
-    return float(np.abs(finite.astype(np.float64)).max()) if finite.size else 0.0
-
-
-def white_level(largest: float, whole_numbers: bool) -> float:
-    if not whole_numbers:
-        return largest or 1.0
-    fitting = [2.0**bits - 1 for bits in BIT_DEPTHS if 2.0**bits > largest]
-    return fitting[0] if fitting else largest
 
 
 @dataclass(frozen=True)

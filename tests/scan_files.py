@@ -49,14 +49,15 @@ def planted(shape: tuple[int, ...], low: tuple[int, ...], high: tuple[int, ...])
 
 
 def write_series(folder: Path, volume: NDArray[np.uint16], placing: Placing, seed: int = 0) -> list[Path]:
-    """(slices, rows, columns) as one file a slice, named in an order that has nothing to do with their place."""
+    """(slices, rows, columns) as one file a slice; the names' order has nothing to do with the slices'."""
     folder.mkdir(parents=True, exist_ok=True)
     names = np.random.default_rng(seed).permutation(len(volume))
     series, study, frame = (generate_uid(entropy_srcs=[str(folder), part]) for part in ("a", "b", "c"))
     paths = []
     for number, pixels in enumerate(volume):
         dataset = picture(pixels, folder / f"IM{names[number]:04d}.dcm", generate_uid())
-        dataset.SeriesInstanceUID, dataset.StudyInstanceUID, dataset.FrameOfReferenceUID = series, study, frame
+        dataset.SeriesInstanceUID, dataset.StudyInstanceUID = series, study
+        dataset.FrameOfReferenceUID = frame
         dataset.InstanceNumber = int(names[number]) + 1
         dataset.PixelSpacing = list(placing.spacing)
         dataset.SliceThickness = placing.step
@@ -102,8 +103,8 @@ def segment_places(path: Path, number: int = 1) -> NDArray[np.float64]:
     places = []
     for group, frame in zip(found.PerFrameFunctionalGroupsSequence, frames, strict=True):
         # With one segment its number stands once, for all frames.
-        identified = (group if "SegmentIdentificationSequence" in group else shared).SegmentIdentificationSequence
-        if identified[0].ReferencedSegmentNumber != number:
+        holder = group if "SegmentIdentificationSequence" in group else shared
+        if holder.SegmentIdentificationSequence[0].ReferencedSegmentNumber != number:
             continue
         corner = np.array(group.PlanePositionSequence[0].ImagePositionPatient, float)
         turned = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, float)

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from client.data import HIGH_PERCENTILE, LOW_PERCENTILE, MIN_RANGE
+from client.pixels import HIGH_PERCENTILE, LOW_PERCENTILE, MIN_RANGE
 from client.students import LoadedStudent, StudentCard
 from common.canonical import sha256_of_file
 from common.durable import write_atomic

@@ -13,17 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from client.data import (
+from client.data import load_image, load_patients
+from client.images import READERS, full_scale_of, read_image, read_mask
+from client.patients import Split
+from client.pixels import (
     MIN_RANGE,
     area_weights,
     field_of_view,
-    load_image,
-    load_patients,
     percentile_stretch,
     resize,
 )
-from client.images import READERS, full_scale_of, read_image, read_mask
-from client.patients import Split
 from common.errors import DataError
 from common.recipe import ClassConfig, DataConfig
 
