@@ -132,6 +132,14 @@ def _must_exist(path: Path) -> None:
 
 
 class _PillowReader(PILReader):  # type: ignore[misc]
+    def read(self, data: Any, **kwargs: Any) -> Image.Image:
+        # From a stream: of a file's name Pillow 13 maps an uncompressed TIFF that lies on its side with its
+        # rows and columns exchanged, and mangles it in silence.
+        with Path(data).open("rb") as file:
+            upright: Image.Image = self.converter(Image.open(file))
+            upright.load()
+        return upright
+
     def get_data(self, img: Any) -> tuple[Array, dict[str, Any]]:
         array, meta = super().get_data(img)
         return np.array(array), meta  # Pillow's own buffer is read-only, which torch warns about

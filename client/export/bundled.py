@@ -59,7 +59,8 @@ def segment(stored: Tensor, network: Callable[[Tensor], Tensor], settings: Setti
 
 def read(path: Path) -> Tensor:
     """(C, H, W) numbers of a picture, turned upright."""
-    with Image.open(path) as opened:
+    # From a stream: of a file's name Pillow 13 mangles uncompressed TIFFs that lie on their side.
+    with path.open("rb") as file, Image.open(file) as opened:
         upright = ImageOps.exif_transpose(opened)
         if upright.mode.startswith("I;16"):
             upright = upright.convert("I")
