@@ -209,7 +209,7 @@ def test_int8_is_whole_numbers_and_smaller(exports: dict[str, Path]) -> None:
 def test_a_bundle_runs_without_an_installation_of_ours(
     exports: dict[str, Path], phantoms: Path, tmp_path: Path
 ) -> None:
-    """MONAI's own runner, offline, in another process that cannot import Wardround; the same masks as ours."""
+    """MONAI's own runner, offline, in a process that cannot import Wardround; the same masks as ours."""
     images = tmp_path / "images"
     images.mkdir()
     for path in sorted((phantoms.parent / "images").iterdir())[:3]:
