@@ -160,8 +160,10 @@ def header_of(grid: Grid) -> Any:
     header.set_zooms(grid.zooms)
     header.set_xyzt_units("mm")
     code = 1 if grid.placed else 0
-    header.set_qform(grid.affine, code)
     header.set_sform(grid.affine, code)
+    header.set_qform(grid.affine, code)
+    if not np.allclose(header.get_qform(), grid.affine, atol=1e-3):
+        header.set_qform(grid.affine, 0)  # a tilted gantry shears the grid, which a qform cannot say
     return header
 
 

@@ -307,6 +307,29 @@ def test_two_slices_at_one_place_are_refused(tmp_path: Path) -> None:
     assert "each phase or echo" in caught.value.faults[0]
 
 
+def test_a_tilted_gantry_is_written_as_a_sheared_grid(tmp_path: Path) -> None:
+    upright = Placing(turn=(0.0, 0.0, 0.0))
+    tilt = np.array([0.0, 1.0, 0.0])  # mm to the back from slice to slice, across the slices' normal
+    files = write_series(tmp_path / "in/head", planted(SHAPE, *BOX), upright)
+    for number, path in enumerate(files):
+        header = pydicom.dcmread(path)
+        header.ImagePositionPatient = [float(v) for v in upright.place(0, 0, number) + number * tilt]
+        header.save_as(path)
+    predict_folder(Path("s"), tmp_path / "in", tmp_path / "out", NIFTI)
+    (k0, r0, c0), (k1, r1, c1) = BOX
+    wanted = np.array(
+        [
+            upright.place(r, c, k) + k * tilt
+            for k in range(k0, k1)
+            for r in range(r0, r1)
+            for c in range(c0, c1)
+        ]
+    )
+    assert same_places(nifti_places(tmp_path / "out/head.nii.gz"), wanted * TO_RIGHT_FRONT)
+    header = nibabel.load(tmp_path / "out/head.nii.gz").header
+    assert (int(header["sform_code"]), int(header["qform_code"])) == (1, 0)
+
+
 # --- pictures with a resolution -------------------------------------------------------------------
 
 
