@@ -18,9 +18,10 @@ from typing import Any, NoReturn
 import click
 
 from client.audit_commands import audit
-from client.commands import data, student
+from client.commands import data
 from client.policy_commands import policy_draft
 from client.preparation.commands import prepare, sets
+from client.student_commands import student
 from client.synthetic_commands import synthetic
 from common import progress
 from common.commands import doctor, teacher
