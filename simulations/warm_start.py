@@ -43,7 +43,7 @@ def public_bank(seed: int, count: int, size: int, anatomy: Anatomy) -> Bank:
 
 def warm(network: Teacher, bank: Bank, steps: int, seed: int) -> list[float]:
     """Train all of ``network`` on ``bank`` for ``steps`` steps; smoothed losses."""
-    rng = derive_rng(seed, "warm start", "batches")
+    rng = derive_rng(seed, "b")  # batches
     shares = tuple(float((bank.kinds == kind).any()) for kind in range(len(KINDS)))
 
     def loss_at(_: int) -> Tensor:
@@ -74,14 +74,16 @@ def make(
     if (family := about["encoder"]["family"]) != "sam":
         raise ArtefactError(f"{teacher} is of the family {family}: a warm start is made of a SAM teacher")
     network = shipped_teacher(teacher, size)
-    losses = warm(network, public_bank(derive_seed(seed, "warm start"), IMAGES, size, anatomy), steps, seed)
+    bank = public_bank(derive_seed(seed, "h"), IMAGES, size, anatomy)  # hospitals
+    losses = warm(network, bank, steps, seed)
     network = network.half().float()  # as it is kept
-    held_out = public_bank(derive_seed(seed, "held out"), HELD_OUT, size, anatomy)
+    held_out = public_bank(seed + 1, HELD_OUT, size, anatomy)
     dice = head_dice(lambda image: network(image).logits, held_out)
     encoder = {**about["encoder"], "config": {**about["encoder"]["config"], "image_size": size}}
     kept = {key: value for key, value in about.items() if key not in OF_THE_FILE}
     card = kept | {
         "image_size": size,
+        "params": sum(parameter.numel() for parameter in network.parameters()),
         "encoder": encoder,
         "seed": seed,
         "steps": steps,
@@ -111,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="default: the first folder of imported teachers")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    folder = given.folder or checkpoints.teacher_folders()[0]
+    folder = (given.folder or checkpoints.teacher_folders()[0]).resolve()
     training = given.seed, given.steps, given.image_size
     try:
         card = make(given.teacher, given.name, Anatomy(given.anatomy), training, folder)

@@ -141,6 +141,19 @@ def test_it_learns_from_the_public_bank() -> None:
     assert head_dice(lambda image: network(image).logits, bank)["region"] > before + 0.1
 
 
+def test_the_shipped_one_says_how_to_make_it_again() -> None:
+    """To make it takes minutes; what is held here is that the card is of this code and this base."""
+    card = checkpoints.card("ward-sam-tiny-lesions")
+    assert card["warmed_from"] == {"name": BASE, "sha256": checkpoints.base_sha256(BASE)}
+    assert card["steps"] == warm_start.STEPS
+    bank = warm_start.public_bank(99, 20, SIZE, Anatomy.lesions)
+    dice = {}
+    for name in (BASE, "ward-sam-tiny-lesions"):
+        network = shipped_teacher(name, SIZE)
+        dice[name] = head_dice(lambda image, network=network: network(image).logits, bank)["region"]  # type: ignore[misc]
+    assert dice["ward-sam-tiny-lesions"] > dice[BASE] + 0.3
+
+
 def test_a_shipped_name_and_an_unknown_teacher_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
