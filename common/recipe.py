@@ -12,7 +12,7 @@ from enum import StrEnum
 
 # Names that a recipe may use. The modules that build these things register the same names (a test
 # compares them); they stand here so that a recipe is checked without loading any of those modules.
-TEACHERS = ("ward-sam-tiny",)
+TEACHERS = ("ward-sam-tiny", "ward-sam-tiny-lesions")
 ADAPTER_PRESETS = (
     "base",
     "lite",

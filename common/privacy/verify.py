@@ -2,7 +2,8 @@
 
 Chain, signatures and head; the heads that others witnessed; the policy's signature and whether it was in
 force at each entry; epsilon of every entry, again by PLD with RDP above it; steps against the plan; what left
-against the receipts. The answer depends on the files alone: equal input gives an equal answer, byte for byte.
+against the receipts; audits that the policy requires. The answer depends on the files alone: equal input
+gives an equal answer, byte for byte.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from common.errors import ArtefactError, PolicyRefusal, VerificationFailed
 from common.privacy.accounting import epsilon, rdp_epsilon
+from common.privacy.audits import owed_audits
 from common.privacy.budget import Histories, booked_epsilon, settled, spent_epsilon
 from common.privacy.bundle import CHECKPOINT
 from common.privacy.checkpoint import read_checkpoint
@@ -58,21 +60,26 @@ class Evidence:
 
 @dataclass
 class Findings:
-    """``faults`` say that the record does not hold, ``cautions`` what it cannot show."""
+    """``faults`` say that the record does not hold, ``cautions`` what it cannot show.
+
+    ``owed``: what the policy requires and the record has not yet; it holds when that is there.
+    """
 
     faults: list[str] = field(default_factory=list)
+    owed: list[str] = field(default_factory=list)
     cautions: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
-        return not self.faults
+        return not self.faults and not self.owed
 
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": 1,
             "holds": self.holds,
             "faults": self.faults,
+            "owed": self.owed,
             "cautions": self.cautions,
             **self.facts,
         }
@@ -92,7 +99,7 @@ def verify(files: Mapping[str, bytes], evidence: Evidence) -> Findings:
         lambda: _steps(entries, found),
         lambda: _published(entries, found),
         lambda: _payloads(entries, files, policy, found),
-        lambda: _audits(entries, found),
+        lambda: _audits(entries, policy, found),
     )
     for check in checks:
         try:
@@ -328,7 +335,7 @@ def _rule(policy: Policy, stage: str) -> StageRule | None:
     return found
 
 
-def _audits(entries: Sequence[Entry], found: Findings) -> None:
+def _audits(entries: Sequence[Entry], policy: Policy | None, found: Findings) -> None:
     audits = [entry for entry in entries if entry.type is EntryType.audit]
     for entry in audits:
         upper = entry.detail["upper"] if entry.detail["kind"] == "artefact" else None
@@ -338,6 +345,10 @@ def _audits(entries: Sequence[Entry], found: Findings) -> None:
     rehearsed = [a.seq for a in audits if a.detail["kind"] == "rehearsal" and a.detail["passed"] is True]
     if first is not None and not any(seq < first for seq in rehearsed):
         found.cautions.append("no rehearsal passed before the first reservation")
+    if policy is not None:
+        owed, later = owed_audits(entries, policy)
+        found.owed += owed
+        found.cautions += later
 
 
 def _agrees(recorded: float | None, recomputed: float | None) -> bool:

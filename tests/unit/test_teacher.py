@@ -83,8 +83,10 @@ def test_scenes_and_heads_name_the_same_structures_in_the_same_order() -> None:
     assert TARGETS == HEADS
 
 
-def test_there_are_three_shipped_models() -> None:
-    assert checkpoints.names() == ["unet-xs", "ward-diffusion-tiny", "ward-sam-tiny"]
+def test_there_are_four_shipped_models() -> None:
+    assert checkpoints.names() == [
+        "unet-xs", "ward-diffusion-tiny", "ward-sam-tiny", "ward-sam-tiny-lesions",
+    ]  # fmt: skip
 
 
 def test_changed_weights_are_refused(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
