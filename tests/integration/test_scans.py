@@ -138,7 +138,7 @@ def test_scaled_numbers_are_scaled_and_the_other_byte_order_is_read(tmp_path: Pa
 
 
 def test_a_compressed_volume_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
-    volume = np.broadcast_to(np.arange(1200, dtype=np.int16), (64, 64, 1200))  # 10 MB
+    volume = np.broadcast_to(np.arange(3000, dtype=np.int16), (64, 64, 3000))  # 25 MB
     write_nifti(tmp_path / "a.nii.gz", volume, np.eye(4))
     size = volume.nbytes
     del volume
