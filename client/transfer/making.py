@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor
 
 from client.curation import Curated, drop_inconsistent
-from client.generation import SyntheticSet
+from client.painters import SyntheticSet
 from client.patients import Patient
 from client.teachers import SiteTeachers
 from client.transfer.labelling import assemble_transfer_set
@@ -36,7 +36,9 @@ class TransferMaker:
 
     def curated(self, variant: Variant) -> Curated | None:
         """The transfer set of ``variant``, labelled by its teacher, without inconsistent images."""
-        synthetic = None if variant.styles is None else self.painter.images(variant.styles)
+        synthetic = None
+        if variant.styles is not None:
+            synthetic = self.painter.images(variant.styles, variant.painter)
         if variant.teacher is None:
             transfer = assemble_transfer_set(None, synthetic, None, self.plan.data.exclusive)
         else:
@@ -44,7 +46,10 @@ class TransferMaker:
             transfer = join([self._labelled_by(*part) for part in parts])
         if transfer is None:
             return None
-        return drop_inconsistent(transfer, self.plan.generator.keep_dice, self.plan.data.exclusive)
+        # A person drew the masks of the site's own crops; and how many are kept is told elsewhere.
+        judged = synthetic is not None and not synthetic.own_pixels
+        keep_dice = self.plan.generator.keep_dice if judged else 0.0
+        return drop_inconsistent(transfer, keep_dice, self.plan.data.exclusive)
 
     def _labelling(self, teacher: str, synthetic: SyntheticSet | None) -> list[_Labelling]:
         """Whose adapter labels which images."""

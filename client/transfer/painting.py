@@ -1,4 +1,4 @@
-"""A site's synthetic images, in the styles of all sites or in its own."""
+"""A site's synthetic images: in the styles of all sites or in its own, by the network or another painter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from client.deadline import Deadline
-from client.generation import SyntheticSet, fine_tune, synthesise
+from client.generation import fine_tune, synthesise
+from client.painters import PAINTERS, Material, SyntheticSet, painter_of
 from client.patients import Patient
 from client.site import Site
 from client.style import summarise_style
@@ -16,6 +17,8 @@ from common.generator import initial_adapter, resident_generator
 from common.plan import RunPlan
 from common.recipe import GeneratorScope
 from common.style import StyleSummary
+
+NETWORK = "diffusion"  # who paints where no other painter does
 
 
 @dataclass(frozen=True)
@@ -35,25 +38,40 @@ class Painter:
     labelled: Sequence[Patient]
     deadline: Deadline
 
-    def images(self, styles: str) -> SyntheticSet | None:
-        """Images in "all" sites' styles or in this site's "own"; None where the scope has none."""
+    def images(self, styles: str, painter: str | None = None) -> SyntheticSet | None:
+        """Images in "all" sites' styles or in this site's "own"; None where there are none.
+
+        Args:
+            painter: of `client.painters.PAINTERS`; None: whoever the scope names, who may be nobody.
+        """
         scope = self.plan.generator.scope
-        if scope == GeneratorScope.none:
+        name = painter_of(scope, painter)
+        if name is None and scope == GeneratorScope.none:
             return None
-        return self._own_images if styles == "own" or scope == GeneratorScope.local else self._all_images
+        own = styles == "own" or (name is None and scope == GeneratorScope.local)
+        key = (name or NETWORK, own)
+        if key not in self._made:
+            self._made[key] = self._paint(name, own)
+        return self._made[key]
 
     @cached_property
-    def _all_images(self) -> SyntheticSet:
-        return self._paint([self.styles[name] for name in sorted(self.styles)])
+    def _made(self) -> dict[tuple[str, bool], SyntheticSet | None]:
+        return {}
 
-    @cached_property
-    def _own_images(self) -> SyntheticSet:
-        return self._paint([self._own_style])
-
-    def _paint(self, styles: Sequence[StyleSummary]) -> SyntheticSet:
-        self.deadline.check("sampling synthetic images")
-        generator = resident_generator(self.plan.generator.name, self.plan.generator.rank)
+    def _paint(self, name: str | None, own: bool) -> SyntheticSet | None:
+        """None where a painter wants this site's labelled crops and there is none."""
+        self.deadline.check("making synthetic images")
         seed = self.site.draw_seed(self.plan, "synthetic")
+        kind = None if name is None else PAINTERS[name]
+        if kind is not None and kind.own_pixels and not self.labelled:
+            return None
+        if kind is not None and not kind.shares:
+            styles: list[StyleSummary] = []
+        else:
+            styles = [self._own_style] if own else [self.styles[site] for site in sorted(self.styles)]
+        if kind is not None:
+            return kind.paint(Material(self.plan, styles, self.labelled, seed))
+        generator = resident_generator(self.plan.generator.name, self.plan.generator.rank)
         return synthesise(generator, self._generator_adapter(), styles, self.plan, seed)
 
     @cached_property
@@ -61,7 +79,8 @@ class Painter:
         """Made afresh, for this one stays here: groups may be as small as they are."""
         seed = self.site.draw_seed(self.plan, "style")
         settings = self.plan.generator
-        return summarise_style(self.labelled, self.plan.data.image_size, settings.style_groups, 1, seed)
+        size, detail = self.plan.data.image_size, settings.style_detail
+        return summarise_style(self.labelled, size, settings.style_groups, 1, seed, detail)
 
     def _generator_adapter(self) -> Adapter:
         start = initial_adapter(self.plan.generator, self.plan.seed)

@@ -405,3 +405,25 @@ def test_an_open_end_does_not_belong_to_a_range() -> None:
     assert Range(0, 1, open_low=True).holds(1)
     assert not Range(0, 1, open_high=True).holds(1)
     assert Range(0).holds(0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["baselines=[paint]", "generator.scope=local"], "with scope local no site shares its own"),
+        (["baselines=[recolour]", "generator.scope=none"], "with scope none no site shares its own"),
+        (["baselines=[amplitude]"], "take generator.style_detail=spectrum, or leave it out"),
+        (["baselines=[amplitude]", "generator.style_detail=spectrum"], ""),
+        (["baselines=[augment,random_colour]", "generator.scope=none"], ""),
+        (["baselines=[histogram]", "generator.scope=paint"], ""),
+    ],
+)
+def test_a_painter_that_wants_what_no_site_shares_is_a_fault(
+    write: Callable[[str], str], overrides: list[str], said: str
+) -> None:
+    if not said:
+        config.load_recipe(write(TWO_SITES), overrides)
+        return
+    (line,) = faults_of(write(TWO_SITES), *overrides)
+    assert "baselines[0]: " in line
+    assert said in line
