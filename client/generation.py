@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from common.style import STYLE_FIELDS, TEXTURE, TEXTURE_PARTS, StyleSummary
 
 BATCH = 16  # images sampled together
 
+Solver = Callable[[], Any]  # makes a scheduler of diffusers, its steps set; anew for each batch
+
 denoiser_calls = 0  # network evaluations times images since the process began: tests assert the bound
 
 
@@ -37,12 +40,16 @@ def synthesise(
     summaries: Sequence[StyleSummary],
     plan: RunPlan,
     seed: int,
+    solver: Solver | None = None,
 ) -> SyntheticSet:
     """``plan.generator.images`` images in the styles of ``summaries``, classes in turn.
 
     Guarantees: the masks come from the procedural prior (`client.shapes`), never from a patient; at most
     ``plan.generator.sampler_steps`` denoiser calls an image (DPM-Solver++, Lu et al. 2022). Where the styles
     hold texture, which the network was not trained to paint, it is imposed on what was sampled.
+
+    Args:
+        solver: in place of the plan's; measurements alone have one.
     """
     count = plan.generator.images
     rng = np.random.default_rng(seed)
@@ -54,7 +61,11 @@ def synthesise(
         for start in range(0, count, BATCH):
             part = slice(start, start + BATCH)
             style = torch.from_numpy(styles[part, : len(STYLE_FIELDS)]).float()
-            images.append(_sample(network, planes[part].amax(1, keepdim=True), style, plan, noise))
+            images.append(
+                _sample(
+                    network, planes[part].amax(1, keepdim=True), style, solver or plans_solver(plan), noise
+                )
+            )
     sampled = torch.cat(images)
     if styles.shape[1] >= TEXTURE.stop:
         sampled = _textured(sampled, planes, styles, rng)
@@ -74,15 +85,25 @@ def _textured(
     return torch.from_numpy(np.stack(made))
 
 
+def plans_solver(plan: RunPlan) -> Solver:
+    """DPM-Solver++ of the second order with ``plan.generator.sampler_steps`` calls."""
+
+    def make() -> Any:
+        scheduler = DPMSolverMultistepScheduler(
+            prediction_type="sample", algorithm_type="dpmsolver++", **SCHEDULE
+        )
+        scheduler.set_timesteps(plan.generator.sampler_steps)
+        return scheduler
+
+    return make
+
+
 def _sample(
-    network: StyleDiffusion, mask: Tensor, style: Tensor, plan: RunPlan, noise: torch.Generator
+    network: StyleDiffusion, mask: Tensor, style: Tensor, solver: Solver, noise: torch.Generator
 ) -> Tensor:
     global denoiser_calls
-    scheduler = DPMSolverMultistepScheduler(
-        prediction_type="sample", algorithm_type="dpmsolver++", **SCHEDULE
-    )
-    scheduler.set_timesteps(plan.generator.sampler_steps)
-    half = plan.data.image_size // 2
+    scheduler = solver()
+    half = mask.shape[-1] // 2
     state = torch.randn((len(mask), 12, half, half), generator=noise)
     for time in scheduler.timesteps:
         with torch.autocast("cpu", torch.bfloat16):  # 0.6 of the time; the solver's state stays float32

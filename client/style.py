@@ -21,8 +21,7 @@ from common.recipe import StyleDetail
 from common.style import CYCLES, STYLE_FIELDS, StyleGroup, StyleSummary, style_bounds
 
 TEXTURE_SIGMA = 4.0  # pixels
-# Decimals of a number that is shared: the finest bands of a clean image deviate by a few thousandths.
-DIGITS = {StyleDetail.colour: 3, StyleDetail.texture: 4, StyleDetail.spectrum: 4}
+DIGITS = 4  # decimals of a number that is shared: fine bands of a clean image deviate by a few thousandths
 
 
 def style_vector(
@@ -101,9 +100,7 @@ def summarise_style(
             if len(set(owners[member])) < min_patients:
                 continue
             share = max(round(float(member.mean()), 1), 0.1)
-            mean, std = (
-                part.round(DIGITS[detail]) for part in (vectors[member].mean(0), vectors[member].std(0))
-            )
+            mean, std = (part.round(DIGITS) for part in (vectors[member].mean(0), vectors[member].std(0)))
             groups.append(StyleGroup(share, mean.tolist(), std.tolist()))
     if not groups:
         raise DataError(  # not a policy refusal: how many patients there are is the site's business

@@ -92,8 +92,8 @@ class Cell:
     """One row with one seed.
 
     Attributes:
-        dice: ``all``: mean over the sites' students, each tested on everybody; ``own``: each on its own site's
-            test patients; ``student A on B`` and ``group NAME``: the parts of these.
+        dice: ``all``: mean over the sites' students, each tested on everybody; ``own``: each on its own
+            site's test patients; ``student A on B`` and ``group NAME``: the parts of these.
         images: kept for training, on average a site.
         cpu_s: processor seconds of making the images, asking the teacher and training, all sites together.
     """
@@ -154,9 +154,14 @@ class Consortium:
         labelled = [patient for patient in train if patient.labelled]
         teachers = SiteTeachers(site, plan, self.teacher, labelled, FOREVER)
         painter = Painter(site, plan, self.shared(row.detail), None, labelled, FOREVER)
-        curated = TransferMaker(teachers, painter, train).curated(row.variant)
+        return self.distilled(name, TransferMaker(teachers, painter, train), row.variant)
+
+    def distilled(self, name: str, maker: TransferMaker, variant: Variant) -> tuple[torch.nn.Module, int]:
+        """A student of site ``name`` from what ``maker`` makes, and of how many synthetic images."""
+        curated, plan, site = maker.curated(variant), maker.plan, self.sites[name]
+        labelled = [patient for patient in maker.train if patient.labelled]
         seed, kind = site.draw_seed(plan, "student"), site.student or plan.student.name
-        student = build_student(kind, plan.data, row.variant.start is Start.shipped, seed)
+        student = build_student(kind, plan.data, variant.start is Start.shipped, seed)
         distil(student, labelled, None if curated is None else curated.transfer, plan, seed, FOREVER)
         return student, 0 if curated is None else curated.kept
 
@@ -198,7 +203,7 @@ def together(dice: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def table(cells: Sequence[Cell]) -> str:
-    """Markdown, a row each: means over the seeds, each seed's own value behind, and what `REFERENCE` lacks."""
+    """Markdown, a row each: means over the seeds, each seed's own value behind, the gain over `REFERENCE`."""
     head = [
         "painter",
         "own site",
