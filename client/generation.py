@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,14 @@ from client.style import sample_styles, style_vector
 from client.texture import impose_texture
 from common.adapter import Adapter
 from common.errors import DataError
-from common.generator import SCHEDULE, ResidentGenerator, StyleDiffusion, diffusion_loss, inverse_haar
+from common.generator import (
+    SCHEDULE,
+    ResidentGenerator,
+    StyleDiffusion,
+    diffusion_loss,
+    inverse_haar,
+    with_code,
+)
 from common.plan import RunPlan
 from common.style import STYLE_FIELDS, TEXTURE, TEXTURE_PARTS, StyleSummary
 
@@ -34,13 +42,26 @@ Solver = Callable[[], Any]  # makes a scheduler of diffusers, its steps set; ane
 denoiser_calls = 0  # network evaluations times images since the process began: tests assert the bound
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled, beside what the plan says.
+
+    Attributes:
+        solver: in place of the plan's; measurements alone have one.
+        sites: whose each summary is, for a generator that tells sites apart.
+    """
+
+    solver: Solver | None = None
+    sites: tuple[str, ...] = ()
+
+
 def synthesise(
     generator: ResidentGenerator,
     adapter: Adapter,
     summaries: Sequence[StyleSummary],
     plan: RunPlan,
     seed: int,
-    solver: Solver | None = None,
+    how: Sampling | None = None,
 ) -> SyntheticSet:
     """``plan.generator.images`` images in the styles of ``summaries``, classes in turn.
 
@@ -49,8 +70,9 @@ def synthesise(
     hold texture, which the network was not trained to paint, it is imposed on what was sampled.
 
     Args:
-        solver: in place of the plan's; measurements alone have one.
+        how: what differs from a sampling by the plan alone.
     """
+    how = how or Sampling()
     count = plan.generator.images
     rng = np.random.default_rng(seed)
     styles = sample_styles(summaries, count, rng)
@@ -61,11 +83,10 @@ def synthesise(
         for start in range(0, count, BATCH):
             part = slice(start, start + BATCH)
             style = torch.from_numpy(styles[part, : len(STYLE_FIELDS)]).float()
-            images.append(
-                _sample(
-                    network, planes[part].amax(1, keepdim=True), style, solver or plans_solver(plan), noise
-                )
-            )
+            if how.sites:
+                style = with_code(style, [how.sites[place % len(how.sites)] for place in range(count)[part]])
+            mask = planes[part].amax(1, keepdim=True)
+            images.append(_sample(network, mask, style, how.solver or plans_solver(plan), noise))
     sampled = torch.cat(images)
     if styles.shape[1] >= TEXTURE.stop:
         sampled = _textured(sampled, planes, styles, rng)
@@ -137,7 +158,10 @@ def fine_tune(
     with generator.visit(adapter, train=True, halves=visit.halves) as network:
 
         def loss_at() -> Tensor:
-            return diffusion_loss(network, *_styled_batch(sampler, settings.batch_size), noise)
+            image, mask, style = _styled_batch(sampler, settings.batch_size)
+            if settings.site_token and visit.site:
+                style = with_code(style, [visit.site] * len(style))
+            return diffusion_loss(network, image, mask, style, noise)
 
         trained = list(generator.slots.trainable(visit.halves).values())
         losses = fit(trained, schedule, loss_at, deadline, "training the generator")

@@ -21,8 +21,11 @@ SPECTRAL_BASELINES = ("amplitude",)
 
 
 def painter_faults(recipe: Recipe) -> Iterator[Fault]:
-    """Painters that want what no site shares."""
+    """Painters that want what no site shares, and a token that tells no sites apart."""
     scope, detail = recipe.generator.scope, recipe.generator.style_detail
+    if recipe.generator.site_token and scope is not GeneratorScope.federated:
+        what = f"scope {scope} trains no network for several sites"
+        yield Fault("generator.site_token", what, "take generator.scope=federated, or leave it false")
     for index, name in enumerate(recipe.baselines):
         if name in STYLED_BASELINES and scope not in SHARING_SCOPES:
             what = f"{name} paints in every site's style, and with scope {scope} no site shares its own"

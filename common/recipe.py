@@ -266,6 +266,7 @@ class GeneratorConfig:
     rounds: int = 1  # federated scope: adapter rounds
     steps: int = 30  # local and federated scope: optimiser steps a site and round
     rank: int = 8
+    site_token: bool = False  # federated scope: the network is told whose image it learns and whose it paints
     batch_size: int = 8
     learning_rate: float = 1e-3
 

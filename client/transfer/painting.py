@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from client.deadline import Deadline
-from client.generation import fine_tune, synthesise
+from client.generation import Sampling, fine_tune, synthesise
 from client.painters import PAINTERS, Material, SyntheticSet, painter_of
 from client.patients import Patient
 from client.site import Site
 from client.style import summarise_style
 from common.adapter import Adapter
-from common.generator import initial_adapter, resident_generator
+from common.generator import generator_of, initial_adapter
 from common.plan import RunPlan
 from common.recipe import GeneratorScope
 from common.style import StyleSummary
@@ -66,13 +66,13 @@ class Painter:
         if kind is not None and kind.own_pixels and not self.labelled:
             return None
         if kind is not None and not kind.shares:
-            styles: list[StyleSummary] = []
+            styles: dict[str, StyleSummary] = {}
         else:
-            styles = [self._own_style] if own else [self.styles[site] for site in sorted(self.styles)]
+            styles = {self.site.name: self._own_style} if own else dict(sorted(self.styles.items()))
         if kind is not None:
-            return kind.paint(Material(self.plan, styles, self.labelled, seed))
-        generator = resident_generator(self.plan.generator.name, self.plan.generator.rank)
-        return synthesise(generator, self._generator_adapter(), styles, self.plan, seed)
+            return kind.paint(Material(self.plan, list(styles.values()), self.labelled, seed))
+        generator, how = generator_of(self.plan.generator), Sampling(sites=tuple(styles))
+        return synthesise(generator, self._generator_adapter(), list(styles.values()), self.plan, seed, how)
 
     @cached_property
     def _own_style(self) -> StyleSummary:
@@ -86,6 +86,6 @@ class Painter:
         start = initial_adapter(self.plan.generator, self.plan.seed)
         if self.plan.generator.scope != GeneratorScope.local:
             return self.generator or start
-        generator = resident_generator(self.plan.generator.name, self.plan.generator.rank)
+        generator = generator_of(self.plan.generator)
         seed = self.site.draw_seed(self.plan, "generator", 0)
         return fine_tune(generator, start, self.labelled, self.plan, (0, seed), self.deadline).adapter

@@ -25,7 +25,7 @@ import torch
 from diffusers import DDIMScheduler
 
 import client.generation as generation
-from client.generation import Solver, plans_solver, synthesise
+from client.generation import Sampling, Solver, plans_solver, synthesise
 from client.painters import SyntheticSet
 from client.teachers import SiteTeachers
 from client.transfer.making import TransferMaker
@@ -33,7 +33,7 @@ from client.transfer.painting import Painter
 from client.variants import VARIANTS
 from common.config import load_recipe
 from common.errors import WardroundError
-from common.generator import SCHEDULE, initial_adapter, resident_generator
+from common.generator import SCHEDULE, generator_of, initial_adapter
 from common.recipe import StyleDetail
 from common.seeding import derive_rng
 from simulations.benchmark.painters import FOREVER, Consortium
@@ -123,7 +123,7 @@ def in_turn(
     """The images of site ``name`` by each solver; each pair of times, seconds an image, goes to ``clock``."""
     plan, site = consortium.plan, consortium.sites[name]
     styles = [one for _, one in sorted(consortium.shared(StyleDetail.colour).items())]
-    network = resident_generator(plan.generator.name, plan.generator.rank)
+    network = generator_of(plan.generator)
     adapter = initial_adapter(plan.generator, plan.seed)
     parts: list[list[SyntheticSet]] = [[] for _ in solvers]
     for start in range(0, plan.generator.images, generation.BATCH):
@@ -133,7 +133,7 @@ def in_turn(
         seconds = []
         for solver, kept in zip(solvers, parts, strict=True):
             started = time.process_time()  # wall time is the neighbours' too
-            images = synthesise(network, adapter, styles, batch, seed, solver)
+            images = synthesise(network, adapter, styles, batch, seed, Sampling(solver))
             taken = time.process_time() - started
             seconds.append(taken / size)
             kept.append(images)

@@ -13,19 +13,22 @@ from simulations.loopback import run_loopback
 from simulations.simulate import prepare_sites
 
 
-@pytest.fixture(scope="module", params=["style", "local", "federated", "recolour", "paint", "none"])
+@pytest.fixture(
+    scope="module", params=["style", "local", "federated", "federated, token", "recolour", "paint", "none"]
+)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The federation alone, without the report, on the smallest recipe."""
-    scope = request.param
+    scope, token, _ = request.param.partition(", token")
     rivals = {"style": "recolour,random_colour", "recolour": "paint,augment", "none": "augment"}.get(scope)
     settings = [
         f"generator.scope={scope}",
+        f"generator.site_token={bool(token)}",
         "run.rounds=1",
         f"baselines=[no_federation{',' + rivals if rivals else ''}]",
         "generator.keep_dice=0",
     ]
     recipe = load_recipe("smoke", settings)
-    out = tmp_path_factory.mktemp(scope)
+    out = tmp_path_factory.mktemp(scope + token.removeprefix(", "))
     save_run_config(recipe, out / "config.yaml")
     prepare_sites(recipe, out / "sites")
     run_loopback(out, out / "sites")

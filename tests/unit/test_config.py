@@ -78,6 +78,8 @@ ONE_FAULT = [
     ("sites.west.student=x", "sites[1].student", "there is no 'x'; choose from unet-xs"),
     ("generator.name=x", "generator.name", "there is no 'x'; choose from ward-diffusion-tiny"),
     ("generator.scope=styl", "generator.scope", "did you mean style?"),
+    ("generator.site_token=true", "generator.site_token", "take generator.scope=federated"),
+    ("generator.style_detail=fine", "generator.style_detail", "choose from colour, texture, spectrum"),
     ("privacy.steps=9", "privacy", "settings of differential privacy, and no noise; add privacy.noise_mult"),
     ("run.min_sites=3", "run.min_sites", "it asks for 3 sites and the recipe has 2"),
     ("generator.sampler_steps=50", "generator.sampler_steps", "at most 20"),
