@@ -100,10 +100,9 @@ class StyleDiffusion(nn.Module):
 @lru_cache(maxsize=256)
 def site_code(site: str) -> Tensor:
     """(CODE,) of length 1: what a network with a token layer knows ``site`` by; the same everywhere."""
-    code = torch.randn(
-        CODE, generator=torch.Generator().manual_seed(derive_seed(0, "site code", site) % 2**63)
-    )
-    return code / code.norm()
+    generator = torch.Generator().manual_seed(derive_seed(0, "site code", site) % 2**63)
+    code: Tensor = torch.randn(CODE, generator=generator)
+    return F.normalize(code, dim=0)
 
 
 def with_code(style: Tensor, sites: Sequence[str]) -> Tensor:
@@ -158,10 +157,9 @@ class ResidentGenerator:
     def __init__(self, name: str, rank: int, site_token: bool = False) -> None:
         global generators_built
         self.network = shipped_generator(name)
-        targets = TARGETS
         if site_token:
             self.network.tell_sites_apart()
-            targets = (*TARGETS, TOKEN)
+        targets = (*TARGETS, TOKEN) if site_token else TARGETS
         layers = tuple(layer for layer, _ in self.network.named_modules() if layer.endswith(targets))
         plan = SlotPlan(checkpoints.base_sha256(name), GENERATOR, rank, layers)
         self.slots = AdapterSlots(self.network, plan)

@@ -393,6 +393,7 @@ def test_the_listed_recipes_have_descriptions() -> None:
         "phantom-dp",
         "retina",
         "smoke",
+        "speckle",
     ]
     assert all(len(description) > 20 for _, description in listed)
 
