@@ -104,6 +104,7 @@ class Guard:
             plan.generator.style_groups,
             self.site.policy.min_group_patients,
             seed,
+            plan.generator.style_detail,
         )
         egress = self._egress(plan, account)
         egress.release_numbers(order.stage, order.index, "style", asdict(summary), of=train)

@@ -12,7 +12,7 @@ from client.patients import Patient
 from client.private_adaptation import PrivateStep, private_step
 from client.site import Site
 from common.adapter import Adapter
-from common.generator import resident_generator
+from common.generator import generator_of
 from common.plan import Round, RunPlan, Stage
 from common.teacher import resident_teacher
 from common.tuning.halves import trained_halves
@@ -38,8 +38,8 @@ def private_teacher_step(
 def adapt_generator(
     site: Site, plan: RunPlan, adapter: Adapter, train: Sequence[Patient], order: Round
 ) -> Adaptation:
-    generator = resident_generator(plan.generator.name, plan.generator.rank)
     visit = round_visit(site, plan, Stage.generator, order.index)
+    generator = generator_of(plan.generator)
     return fine_tune(generator, adapter, train, plan, visit, Deadline(order.deadline_s))
 
 
@@ -47,4 +47,4 @@ def round_visit(site: Site, plan: RunPlan, stage: Stage, index: int) -> Visit:
     """One round of ``stage`` at ``site``: its own seed, and the factors whose turn it is."""
     preset = site.teacher(plan).adapter if stage is Stage.adapt else GENERATOR
     halves = trained_halves(preset, plan.aggregation.rule, index)
-    return Visit(index, site.draw_seed(plan, str(stage), index), site.folder, halves)
+    return Visit(index, site.draw_seed(plan, str(stage), index), site.folder, halves, site.name)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from client.painters import PAINTERS
+
 
 class Start(StrEnum):
     """The weights that a student starts from."""
@@ -23,11 +25,18 @@ class Variant:
     Attributes:
         teacher: whose outputs it learns from: "federated", "local" (this site's alone) or None.
         styles: whose appearance the synthetic images have: "all" sites, "own", or None for no such image.
+        painter: of `client.painters.PAINTERS`, who makes them; None: whoever the plan's scope names.
     """
 
     start: Start = Start.shipped
     teacher: str | None = None
     styles: str | None = None
+    painter: str | None = None
+
+
+def painted_by(painter: str) -> Variant:
+    """The student of the same run, whose images another painter made: as many, for as many steps."""
+    return Variant(teacher="federated", styles="all", painter=painter)
 
 
 VARIANTS: dict[str, Variant] = {
@@ -37,4 +46,5 @@ VARIANTS: dict[str, Variant] = {
     "no_synthetic": Variant(teacher="federated"),
     "no_distillation": Variant(styles="all"),
     "no_federation": Variant(teacher="local", styles="own"),
+    **{painter: painted_by(painter) for painter in PAINTERS},
 }

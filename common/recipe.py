@@ -66,6 +66,12 @@ BASELINES = (
     "no_synthetic",
     "no_distillation",
     "no_federation",
+    "recolour",
+    "paint",
+    "histogram",
+    "amplitude",
+    "augment",
+    "random_colour",
     "local_teacher",
 )
 
@@ -85,7 +91,17 @@ class GeneratorScope(StrEnum):
     style = "style"  # the shipped generator in every site's style; never trained on a real pixel
     local = "local"  # fine-tuned on the site's own images, sampling the site's own styles
     federated = "federated"  # its adapter fine-tuned at the sites and aggregated; every site's styles
+    recolour = "recolour"  # no network: the site's own labelled crops in every site's colours
+    paint = "paint"  # no network: procedural shapes in every site's colours and grain
     none = "none"  # no synthetic image
+
+
+class StyleDetail(StrEnum):
+    """How much of its look a site shares, a number each (`common.style`)."""
+
+    colour = "colour"  # 14: colours, their fine deviation, coverage and size
+    texture = "texture"  # 12 more: the energy of each frequency band, shading, skewness
+    spectrum = "spectrum"  # 135 more: mean amplitudes of the lowest frequencies, as FedDG wants them
 
 
 class WireDtype(StrEnum):
@@ -245,11 +261,13 @@ class GeneratorConfig:
     images: int = 120  # synthetic images a site
     sampler_steps: int = 15  # denoiser calls an image
     style_groups: int = 5  # at most this many appearance groups a site
-    keep_dice: float = 0.5  # an image whose teacher mask agrees less with its conditioning mask is dropped
+    style_detail: StyleDetail = StyleDetail.colour  # what of its look a site shares
+    keep_dice: float = 0.5  # a painted image whose teacher mask agrees less with its own mask is dropped
     keep_learnable: float = 1.0  # share of those left that have most to teach; the others are passed over
     rounds: int = 1  # federated scope: adapter rounds
     steps: int = 30  # local and federated scope: optimiser steps a site and round
     rank: int = 8
+    site_token: bool = False  # federated scope: the network is told whose image it learns and whose it paints
     batch_size: int = 8
     learning_rate: float = 1e-3
 

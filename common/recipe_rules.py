@@ -14,6 +14,7 @@ from typing import Any
 
 from common import recipe as schema
 from common.checkpoints import imported_names
+from common.painter_rules import painter_faults
 from common.privacy_rules import privacy_faults
 from common.recipe import Recipe, SiteConfig, SiteFile
 from common.robust_rules import robust_faults
@@ -207,6 +208,7 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
     faults += robust_faults(recipe.aggregation)
     faults += privacy_faults(recipe)
     faults += _baseline_faults(recipe.baselines)
+    faults += painter_faults(recipe)
     return faults
 
 

@@ -149,7 +149,7 @@ class Walk:
 
         def take(site: str, content: wire.Content) -> None:
             summary = wire.decode_style(content)
-            admit_style(summary, self.plan.generator.style_groups)
+            admit_style(summary, self.plan.generator.style_groups, self.plan.generator.style_detail)
             styles[site] = summary
 
         done = self.rounds.run(self._errand(Stage.style, take), "styles")

@@ -17,6 +17,7 @@ from torch import Tensor
 from common.adapter import Adapter
 from common.code_digest import code_sha256
 from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
+from common.painter_rules import NETWORK_SCOPES, SHARING_SCOPES
 from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant
 from common.precision import pack
 from common.privacy.heads import HEAD, HEAD_BYTES, HEAD_NUMBERS
@@ -87,7 +88,7 @@ def model_digests(recipe: Recipe) -> dict[str, str]:
     for name in {recipe.student.name, *(site.student for site in recipe.sites)}:
         if name is not None:
             models[name] = checkpoints.base_sha256(name)
-    if recipe.generator.scope is not GeneratorScope.none:
+    if recipe.generator.scope in NETWORK_SCOPES:
         models[recipe.generator.name] = checkpoints.base_sha256(recipe.generator.name)
     return models
 
@@ -135,7 +136,7 @@ def run_stages(recipe: Recipe) -> list[Stage]:
     """
     scope = recipe.generator.scope
     stages = [Stage.propose, Stage.adapt]
-    if scope in (GeneratorScope.style, GeneratorScope.federated):
+    if scope in SHARING_SCOPES:
         stages.append(Stage.style)
     if scope is GeneratorScope.federated:
         stages.append(Stage.generator)

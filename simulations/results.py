@@ -15,7 +15,8 @@ from statistics import mean
 from server.report.schema import BenefitCell, RunReport
 
 ORDER = (
-    "local_only_scratch", "local_only", "no_federation", "no_synthetic", "no_distillation", "student",
+    "local_only_scratch", "local_only", "no_federation", "no_synthetic", "no_distillation",
+    "random_colour", "augment", "amplitude", "histogram", "recolour", "paint", "student",
     "local_teacher", "teacher", "personal_teacher",
 )  # fmt: skip
 CREDITS = (
@@ -23,6 +24,10 @@ CREDITS = (
     ("federation", "student", "no_federation"),
     ("synthetic images", "student", "no_synthetic"),
     ("distillation", "student", "no_distillation"),
+    ("the painter over recolouring", "student", "recolour"),
+    ("the painter over procedural paint", "student", "paint"),
+    ("the painter over strong augmentation", "student", "augment"),
+    ("the painter over random colours", "student", "random_colour"),
     ("all of it over local training", "student", "local_only"),
     ("federated over single-site teachers", "teacher", "local_teacher"),
     ("personal part over the federated teacher", "personal_teacher", "teacher"),

@@ -44,8 +44,9 @@ def agreement(found: Tensor, mask: Tensor) -> Tensor:
 def drop_inconsistent(transfer: TransferSet, keep_dice: float, exclusive: bool) -> Curated:
     """Drop the synthetic images on which the teacher does not find what they were painted from.
 
-    Neither the images nor the masks come from the site's patients, so the filter looks at nobody. Without a
-    teacher nothing can be judged and everything is kept. ``exclusive`` as in `common.probability`.
+    Of images that are no patient's, on masks that are none's either, the filter looks at nobody. For those
+    made of the site's own crops ``keep_dice`` is 0: all are kept, because how many are is told elsewhere.
+    Without a teacher nothing can be judged and everything is kept. ``exclusive`` as in `common.probability`.
     """
     generated = int(transfer.synthetic.sum())
     if transfer.logits is None:

@@ -19,7 +19,7 @@ from client.curation.consistency import Curated
 from client.curation.encodings import Encoder, dihedral_views, encoders, real_chunks
 from client.curation.gate import Examined, examine, sides, trains_on_patients
 from client.curation.sheet import Pair, sheet
-from client.generation import SyntheticSet
+from client.painters import SyntheticSet
 from client.patients import Patient
 from client.transfer.gallery import clear, png
 from common.durable import write_atomic
@@ -45,6 +45,12 @@ class Screened:
     removed: SyntheticSet
     examined: Examined | None = None
     pairs: tuple[Pair, ...] = ()
+
+    @classmethod
+    def whole(cls, images: SyntheticSet) -> Screened:
+        """``images`` that no test looked at."""
+        nothing = SyntheticSet(images.images[:0], images.masks[:0], images.own_pixels)
+        return cls(images, nothing)
 
     def may_tell(self, plan: RunPlan, policy: PolicyConfig) -> bool:
         """Whether the server may know how many images were removed.
@@ -98,12 +104,9 @@ def screen(images: SyntheticSet, patients: Sequence[Patient], plan: RunPlan) -> 
 
     A generator that was never shown a patient has nothing to hand out: nothing is tested then.
     """
-    nothing = SyntheticSet(images.images[:0], images.masks[:0])
-    if not trains_on_patients(plan):
-        return Screened(images, nothing)
-    examined = examine(images.images, patients, plan)
+    examined = examine(images.images, patients, plan) if trains_on_patients(plan) else None
     if examined is None:
-        return Screened(images, nothing)
+        return Screened.whole(images)
     copied = examined.copied
     kept, removed = (SyntheticSet(images.images[part], images.masks[part]) for part in (~copied, copied))
     return Screened(kept, removed, examined, tuple(worst_pairs(images.images, patients, plan, examined)))

@@ -20,12 +20,13 @@ from client.consent import signed_policy
 from client.curation.gate import Findings, examine, sides, trains_on_patients
 from client.curation.memorising import Conditions, attack
 from client.egress import Parcel, Receipt, release_parcel
+from client.painters import PAINTERS, painter_of
 from client.patients import Patient
 from client.site import Site
 from client.transfer.gallery import GENERATOR_FILE, PROVENANCE, SYNTHETIC, SavedSet, read_synthetic
 from common.adapter import Adapter
 from common.errors import ArtefactError, DataError, PolicyRefusal, WardroundError
-from common.generator import initial_adapter, resident_generator
+from common.generator import generator_of, initial_adapter
 from common.plan import RunPlan, Stage
 from common.privacy.entries import Context, Entry, EntryType, LedgerBroken
 from common.privacy.journal import LEDGER, read_lines
@@ -42,6 +43,7 @@ NAME = "synthetic.images"  # on the receipt
 class Origin(StrEnum):
     """How the generator of a set came by what it knows of the site's patients."""
 
+    own = "made of patients' own pixels"
     untrained = "never shown a patient's image"
     noised = "trained with differential privacy"
     trained = "trained on patients without differential privacy"
@@ -86,6 +88,9 @@ def origin_of(plan: RunPlan, entries: Sequence[Entry]) -> Origin:
 
     Noised: steps of its stage were reserved with noise, and nothing of it left, or was reserved, without.
     """
+    painter = painter_of(plan.generator.scope)
+    if painter is not None and PAINTERS[painter].own_pixels:
+        return Origin.own
     if not trains_on_patients(plan):
         return Origin.untrained
     own = [one for one in entries if (one.run_id, one.stage) == (plan.run_id, str(Stage.generator))]
@@ -148,7 +153,7 @@ def _attacked(site: Site, plan: RunPlan, saved: SavedSet, patients: Sequence[Pat
     if adapter.digest != saved.provenance["generator_adapter_sha256"]:
         raise ArtefactError(f"{path} did not paint these images: run again")
     conditions = Conditions.of(*sides(patients), plan.data.image_size)
-    generator = resident_generator(plan.generator.name, plan.generator.rank)
+    generator = generator_of(plan.generator)
     seed = derive_seed(plan.seed, "synthetic", "attack")
     losses = []
     for given in (initial_adapter(plan.generator, plan.seed), adapter):
@@ -165,6 +170,8 @@ def _rule_faults(site: Site, origin: Origin) -> list[Fault]:
     rule = policy.synthetic.release
     if rule is SyntheticRelease.forbidden:
         return [(name, "no synthetic image may leave")]
+    if origin is Origin.own:
+        return [(name, f"these images are {origin}, and no policy lets them go")]
     if origin is Origin.trained:
         return [(name, f"the generator was {origin}")]
     if origin is Origin.untrained and rule is not SyntheticRelease.dp_or_untrained:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from client.evaluation import THRESHOLD
+from client.painters import PAINTERS, painter_of
 from client.prediction import label_image
 from client.transfer.sets import TransferSet
 from common.adapter import Adapter
@@ -28,6 +29,10 @@ PROVENANCE = "provenance.json"
 GENERATOR_FILE = (
     "generator.safetensors"  # the adapter that painted them, where there is one; stays at the site
 )
+
+PROCEDURAL = "procedural shape prior (client.shapes); no patient's mask"
+OWN_MASKS = "of this site's labelled patients"
+OWN_PIXELS = "yes, of this site's labelled patients: these images never leave, whatever a policy allows"
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,25 @@ def save_synthetic(images: TransferSet, folder: Path, plan: RunPlan, adapter: Ad
         "images": len(images),
         "run_id": plan.run_id,
         "plan_sha256": plan.digest,
-        "generator_sha256": plan.models[plan.generator.name],
+        **made_of(plan),
         "generator_adapter_sha256": "" if adapter is None else adapter.digest,
-        "scope": str(plan.generator.scope),
-        "masks": "procedural shape prior (client.shapes); no patient's mask",
         "files": {name: sha256_of(data) for name, data in sorted(files.items())},
     }
     write_atomic(folder / PROVENANCE, (json.dumps(provenance, indent=2) + "\n").encode())
+
+
+def made_of(plan: RunPlan) -> dict[str, str]:
+    """Whose masks and pixels are in the images of ``plan``, and which network made them, if any."""
+    name = painter_of(plan.generator.scope)
+    kind = None if name is None else PAINTERS[name]
+    own = kind is not None and kind.own_pixels
+    found = {
+        "scope": str(plan.generator.scope),
+        "made_by": "diffusion network" if kind is None else kind.about,
+        "masks": OWN_MASKS if own else PROCEDURAL,
+        "pixels_of_patients": OWN_PIXELS if own else "",
+    }
+    return found if kind is not None else found | {"generator_sha256": plan.models[plan.generator.name]}
 
 
 def read_synthetic(folder: Path, plan: RunPlan) -> SavedSet:

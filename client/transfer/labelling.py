@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from client.generation import SyntheticSet
+from client.painters import SyntheticSet
 from client.transfer.sets import TransferSet
 from common.probability import logits_of, probabilities
 from common.teacher import Teacher

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from client.curation import Curated, drop_inconsistent
 from client.curation.learnability import keep_learnable
-from client.generation import SyntheticSet
+from client.painters import SyntheticSet
 from client.patients import Patient
 from client.students import Student, build_student
 from client.teachers import SiteTeachers
@@ -38,7 +38,7 @@ class TransferMaker:
 
     def curated(self, variant: Variant) -> Curated | None:
         """The transfer set of ``variant``, labelled by its teacher, without those that are not worth it."""
-        painted = None if variant.styles is None else self.painter.images(variant.styles)
+        painted = None if variant.styles is None else self.painter.images(variant.styles, variant.painter)
         synthetic = None if painted is None else painted.kept
         if variant.teacher is None:
             transfer = assemble_transfer_set(None, synthetic, None, self.plan.data.exclusive)
@@ -48,8 +48,10 @@ class TransferMaker:
         if transfer is None:
             return None
         settings, exclusive = self.plan.generator, self.plan.data.exclusive
-        curated = drop_inconsistent(transfer, settings.keep_dice, exclusive)
-        if settings.keep_learnable == 1:
+        # A person drew the masks of the site's own crops; and how many are kept is told elsewhere.
+        judged = synthetic is not None and not synthetic.own_pixels
+        curated = drop_inconsistent(transfer, settings.keep_dice if judged else 0.0, exclusive)
+        if settings.keep_learnable == 1 or not judged:
             return curated
         return keep_learnable(curated, self._beginner, settings.keep_learnable, exclusive)
 

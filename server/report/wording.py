@@ -15,6 +15,12 @@ MODELS = {  # in the order of the columns: what a site can do alone, then what t
     "no_federation": "Student, no federation",
     "no_synthetic": "Student, no synthetic",
     "no_distillation": "Student, no teacher",
+    "random_colour": "Student, random colours",
+    "augment": "Student, strong augmentation",
+    "amplitude": "Student, amplitude transfer",
+    "histogram": "Student, histogram matching",
+    "recolour": "Student, recoloured crops",
+    "paint": "Student, procedural paint",
     "student": "Student",
 }
 METRICS = {"dice": "Dice", "nsd": "NSD", "hd95": "HD95"}

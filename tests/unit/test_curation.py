@@ -40,7 +40,7 @@ from client.curation.quarantine import (
     told_counts,
 )
 from client.curation.sheet import WARNING
-from client.generation import SyntheticSet
+from client.painters import SyntheticSet
 from client.patients import Patient, Sample, Split
 from client.students import build_student
 from client.transfer.gallery import read_synthetic, save_synthetic
