@@ -18,6 +18,7 @@ from common.privacy_rules import privacy_faults
 from common.recipe import Recipe, SiteConfig, SiteFile
 from common.robust_rules import robust_faults
 from common.schema_check import Fault, choose_from
+from common.student_rules import student_faults
 from common.tuning.rules import adapter_faults
 
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")  # a folder's name on every system
@@ -124,6 +125,10 @@ RANGES: dict[type, dict[str, Range]] = {
         "logit_weight": NOT_NEGATIVE,
         "feature_weight": NOT_NEGATIVE,
         "synthetic_share": SHARE,
+        "boundary_weight": NOT_NEGATIVE,
+        "entropy_weight": SHARE,
+        "warmup_share": SHARE,
+        "finetune_share": SHARE,
     },
     SiteConfig: {"rank": COUNT, "patients": COUNT, "test_patients": COUNT},
     SiteFile: {"rank": COUNT, "patients": COUNT, "test_patients": COUNT},
@@ -203,6 +208,7 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
     for index, site in enumerate(recipe.sites):
         faults += _site_faults(site, f"sites[{index}]", recipe)
     faults += adapter_faults(recipe)
+    faults += student_faults(recipe.student)
     faults += robust_faults(recipe.aggregation)
     faults += privacy_faults(recipe)
     faults += _baseline_faults(recipe.baselines)

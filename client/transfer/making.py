@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -12,14 +12,12 @@ from client.curation import Curated, drop_inconsistent
 from client.generation import SyntheticSet
 from client.patients import Patient
 from client.teachers import SiteTeachers
-from client.transfer.labelling import assemble_transfer_set
+from client.transfer.labelling import gather, label_with_ensemble, label_with_teacher
 from client.transfer.painting import Painter
 from client.transfer.sets import TransferSet, join, real_crops
 from client.variants import Variant
 from common.adapter import Adapter
 from common.plan import RunPlan
-
-_Labelling = tuple[Adapter, tuple[Tensor, Tensor] | None, SyntheticSet | None]
 
 
 @dataclass(frozen=True)
@@ -37,29 +35,41 @@ class TransferMaker:
     def curated(self, variant: Variant) -> Curated | None:
         """The transfer set of ``variant``, labelled by its teacher, without inconsistent images."""
         synthetic = None if variant.styles is None else self.painter.images(variant.styles)
-        if variant.teacher is None:
-            transfer = assemble_transfer_set(None, synthetic, None, self.plan.data.exclusive)
-        else:
-            parts = self._labelling(variant.teacher, synthetic)
-            transfer = join([self._labelled_by(*part) for part in parts])
+        teacher = variant.taught_by(self.plan.student.distillation)
+        transfer = gather(None, synthetic) if teacher is None else self._labelled(teacher, synthetic)
         if transfer is None:
             return None
+        if not variant.features:
+            transfer = replace(transfer, tokens=None, features=None)
         return drop_inconsistent(transfer, self.plan.generator.keep_dice, self.plan.data.exclusive)
 
-    def _labelling(self, teacher: str, synthetic: SyntheticSet | None) -> list[_Labelling]:
-        """Whose adapter labels which images."""
+    def _labelled(self, teacher: str, synthetic: SyntheticSet | None) -> TransferSet | None:
+        """Real crops and ``synthetic`` images with what ``teacher`` (see `Variant`) says of them."""
+        everything, teachers = gather(self._real, synthetic), self.teachers
         if teacher == "local":
-            return [(self.teachers.local, self._real, synthetic)]
-        if self.teachers.personal is None:
-            return [(self.teachers.federated, self._real, synthetic)]
+            return self._labelled_by(teachers.local, everything)
+        if teacher == "untuned":
+            known = self._labelled_by(teachers.untuned, everything)
+            return None if known is None else replace(known, logits=None)
+        if teacher == "ensemble":
+            return self._labelled_by_all([teachers.federated, teachers.local], everything)
+        if teachers.personal is None:
+            return self._labelled_by(teachers.federated, everything)
         # The personal teacher knows this site's own look; the synthetic images have that of all sites.
-        return [(self.teachers.personal, self._real, None), (self.teachers.federated, None, synthetic)]
+        own = self._labelled_by(teachers.personal, gather(self._real, None))
+        return join([own, self._labelled_by(teachers.federated, gather(None, synthetic))])
 
-    def _labelled_by(
-        self, adapter: Adapter, real: tuple[Tensor, Tensor] | None, synthetic: SyntheticSet | None
-    ) -> TransferSet | None:
+    def _labelled_by(self, adapter: Adapter, images: TransferSet | None) -> TransferSet | None:
+        if images is None:
+            return None
         with self.teachers.visit(adapter) as network:
-            return assemble_transfer_set(real, synthetic, network, self.plan.data.exclusive)
+            return label_with_teacher(network, images, self.plan.data.exclusive)
+
+    def _labelled_by_all(self, adapters: Sequence[Adapter], images: TransferSet | None) -> TransferSet | None:
+        if images is None:
+            return None
+        visits = [self.teachers.visit(adapter) for adapter in adapters]
+        return label_with_ensemble(visits, images, self.plan.data.exclusive)
 
     @cached_property
     def _real(self) -> tuple[Tensor, Tensor] | None:
