@@ -177,9 +177,9 @@ class _Lesson:
     def _feature_loss(aligned: _Alignment, output: StudentOutput, part: TransferSet, view: View) -> Tensor:
         assert part.tokens is not None
         assert part.features is not None
-        deep, late, tokens = aligned.deep(output.deep), aligned.late(output.late), view(part.tokens)
-        if tokens.shape[-2:] != deep.shape[-2:]:
-            tokens = F.interpolate(tokens, deep.shape[-2:], mode="bilinear", align_corners=False)
+        deep, late = aligned.deep(output.deep), aligned.late(output.late)
+        # Also where the grids are the same already: the copy's layout in memory decides the last bit.
+        tokens = F.interpolate(view(part.tokens), deep.shape[-2:], mode="bilinear", align_corners=False)
         return feature_loss(deep, tokens) + feature_loss(late, view(part.features))
 
 

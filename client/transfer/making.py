@@ -12,9 +12,11 @@ from client.curation import Curated, drop_inconsistent
 from client.generation import SyntheticSet
 from client.patients import Patient
 from client.teachers import SiteTeachers
-from client.transfer.labelling import gather, label_with_ensemble, label_with_teacher
+from client.transfer.kept import OutputCache, row_keys
+from client.transfer.labelling import Outputs, gather, mean_logits, teacher_outputs
 from client.transfer.painting import Painter
 from client.transfer.sets import TransferSet, join, real_crops
+from client.transfer.views import with_views
 from client.variants import Variant
 from common.adapter import Adapter
 from common.plan import RunPlan
@@ -45,7 +47,8 @@ class TransferMaker:
 
     def _labelled(self, teacher: str, synthetic: SyntheticSet | None) -> TransferSet | None:
         """Real crops and ``synthetic`` images with what ``teacher`` (see `Variant`) says of them."""
-        everything, teachers = gather(self._real, synthetic), self.teachers
+        teachers = self.teachers
+        everything = self._viewed(self._real, synthetic)
         if teacher == "local":
             return self._labelled_by(teachers.local, everything)
         if teacher == "untuned":
@@ -56,20 +59,40 @@ class TransferMaker:
         if teachers.personal is None:
             return self._labelled_by(teachers.federated, everything)
         # The personal teacher knows this site's own look; the synthetic images have that of all sites.
-        own = self._labelled_by(teachers.personal, gather(self._real, None))
-        return join([own, self._labelled_by(teachers.federated, gather(None, synthetic))])
+        own = self._labelled_by(teachers.personal, self._viewed(self._real, None))
+        return join([own, self._labelled_by(teachers.federated, self._viewed(None, synthetic))])
+
+    def _viewed(
+        self, real: tuple[Tensor, Tensor] | None, synthetic: SyntheticSet | None
+    ) -> TransferSet | None:
+        """Real crops and ``synthetic`` images in as many views as the recipe wants."""
+        images, views = gather(real, synthetic), self.plan.student.transfer_views
+        if images is None or views == 1:
+            return images
+        return with_views(images, views, self.teachers.site.draw_seed(self.plan, "views"))
+
+    def _said(self, adapter: Adapter, images: TransferSet) -> Outputs:
+        """What the teacher with ``adapter`` says of ``images``: asked once, then read."""
+
+        def ask(missing: Tensor) -> Outputs:
+            with self.teachers.visit(adapter) as network:
+                return teacher_outputs(network, images.images[missing], self.plan.data.exclusive)
+
+        return self._kept.fetch(row_keys(images, adapter, self.plan), ask)
 
     def _labelled_by(self, adapter: Adapter, images: TransferSet | None) -> TransferSet | None:
-        if images is None:
-            return None
-        with self.teachers.visit(adapter) as network:
-            return label_with_teacher(network, images, self.plan.data.exclusive)
+        return None if images is None else replace(images, **vars(self._said(adapter, images)))
 
     def _labelled_by_all(self, adapters: Sequence[Adapter], images: TransferSet | None) -> TransferSet | None:
         if images is None:
             return None
-        visits = [self.teachers.visit(adapter) for adapter in adapters]
-        return label_with_ensemble(visits, images, self.plan.data.exclusive)
+        said = [self._said(adapter, images).logits for adapter in adapters]
+        return replace(images, logits=mean_logits(said, self.plan.data.exclusive))
+
+    @cached_property
+    def _kept(self) -> OutputCache:
+        form = self.plan.student.teacher_cache
+        return OutputCache(self.teachers.site.folder, form, self.plan.data.exclusive)
 
     @cached_property
     def _real(self) -> tuple[Tensor, Tensor] | None:

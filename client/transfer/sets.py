@@ -21,7 +21,8 @@ class TransferSet:
 
     ``images`` (N, 3, S, S); ``logits`` (N, C, S, S) float16 or None where no teacher's outputs are learned;
     ``tokens`` (N, T, h, w) and ``features`` (N, 32, S/2, S/2) float16 or bfloat16, or None where no features
-    are; ``masks`` (N, C, S, S), NaN where there is none; ``synthetic`` (N,) bool.
+    are; ``masks`` (N, C, S, S), NaN where there is none; ``synthetic`` (N,) bool; ``views`` (N,) seeds of
+    `client.transfer.views`, or None where every image is as it is.
     """
 
     images: Tensor
@@ -30,14 +31,14 @@ class TransferSet:
     logits: Tensor | None = None
     tokens: Tensor | None = None
     features: Tensor | None = None
+    views: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def select(self, keep: Tensor) -> TransferSet:
         """The rows that ``keep`` (bool or indices) names."""
-        rest = [None if part is None else part[keep] for part in (self.logits, self.tokens, self.features)]
-        return TransferSet(self.images[keep], self.masks[keep], self.synthetic[keep], *rest)
+        return TransferSet(*(None if part is None else part[keep] for part in vars(self).values()))
 
 
 def join(parts: Sequence[TransferSet | None]) -> TransferSet | None:
