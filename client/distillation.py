@@ -157,7 +157,7 @@ class _Lesson:
             loss = segmentation_loss(output.logits, view(part.masks), exclusive)
             terms.append(settings.supervised_weight * loss)
         if self.aligned is not None:
-            terms.append(settings.feature_weight * self._feature_loss(self.aligned, output, part, view))
+            terms.append(settings.feature_weight * self._feature_loss(output, part, view, rng))
         if self.distances is not None:
             found = probabilities(output.logits, exclusive)
             terms.append(settings.boundary_weight * boundary_loss(found, view(self.distances[chosen])))
@@ -173,14 +173,21 @@ class _Lesson:
         softened = softened_logit_loss(logits, teacher, settings.temperature, exclusive, weight)
         return softened + soft_dice_loss(probabilities(logits, exclusive), view(_targets(part, self.plan)))
 
-    @staticmethod
-    def _feature_loss(aligned: _Alignment, output: StudentOutput, part: TransferSet, view: View) -> Tensor:
+    def _feature_loss(
+        self, output: StudentOutput, part: TransferSet, view: View, rng: np.random.Generator
+    ) -> Tensor:
+        """The encoder's and the decoder's; these on every ``feature_stride``-th position of a moving grid."""
+        assert self.aligned is not None
         assert part.tokens is not None
         assert part.features is not None
-        deep, late = aligned.deep(output.deep), aligned.late(output.late)
-        # Also where the grids are the same already: the copy's layout in memory decides the last bit.
-        tokens = F.interpolate(view(part.tokens), deep.shape[-2:], mode="bilinear", align_corners=False)
-        return feature_loss(deep, tokens) + feature_loss(late, view(part.features))
+        deep, tokens = self.aligned.deep(output.deep), view(part.tokens)
+        if tokens.shape[-2:] != deep.shape[-2:]:
+            tokens = F.interpolate(tokens, deep.shape[-2:], mode="bilinear", align_corners=False)
+        late, features, stride = output.late, view(part.features), self.plan.student.feature_stride
+        if stride > 1:
+            row, column = rng.integers(stride, size=2)
+            late, features = (found[..., row::stride, column::stride] for found in (late, features))
+        return feature_loss(deep, tokens) + feature_loss(self.aligned.late(late), features)
 
 
 def _draw(transfer: TransferSet, count: int, share: float, rng: np.random.Generator) -> Tensor:

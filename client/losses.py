@@ -74,8 +74,13 @@ def softened_logit_loss(
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean of 1 - cosine over positions; both (B, D, h, w), the student's already projected to D channels."""
-    return (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
+    """Mean of 1 - cosine over positions; both (B, D, h, w), the student's already projected to D channels.
+
+    Written out, as `F.cosine_similarity` along the second dimension takes three times as long.
+    """
+    both = (student * teacher).sum(1)
+    lengths = (student.square().sum(1) * teacher.square().sum(1)).clamp(min=1e-16).sqrt()
+    return (1 - both / lengths).mean()
 
 
 def certainty_weights(probability: Tensor, exclusive: bool, strength: float) -> Tensor:

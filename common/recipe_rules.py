@@ -127,7 +127,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "synthetic_share": SHARE,
         "boundary_weight": NOT_NEGATIVE,
         **dict.fromkeys(("entropy_weight", "warmup_share", "finetune_share"), SHARE),
-        "transfer_views": Range(1, 16),
+        **dict.fromkeys(("transfer_views", "feature_stride"), Range(1, 16)),
     },
     SiteConfig: {"rank": COUNT, "patients": COUNT, "test_patients": COUNT},
     SiteFile: {"rank": COUNT, "patients": COUNT, "test_patients": COUNT},

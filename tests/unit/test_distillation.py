@@ -141,11 +141,46 @@ def test_weights_of_the_softened_loss_weigh_pixel_by_pixel(exclusive: bool) -> N
     assert weighted * 32 == pytest.approx(float(alone), rel=1e-4)
 
 
+def test_the_feature_loss_is_one_less_the_cosine() -> None:
+    student, teacher = torch.randn(2, 5, 3, 4, requires_grad=True), torch.randn(2, 5, 3, 4)
+    wanted = (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
+    (gradient,) = torch.autograd.grad(wanted, student)
+    found = feature_loss(student, teacher)
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), abs=1e-6)
+    assert torch.allclose(torch.autograd.grad(found, student)[0], gradient, atol=1e-7)
+    nowhere = torch.zeros(1, 5, 2, 2, requires_grad=True)
+    feature_loss(nowhere, teacher[:1, :, :2, :2]).backward()
+    assert nowhere.grad is not None
+    assert bool(nowhere.grad.isfinite().all())
+
+
+def test_a_stride_compares_features_on_a_grid_that_moves_and_covers_everything(
+    smoke_plan: RunPlan, patients: list[Patient], transfer: TransferSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, grids = [], []
+    assert transfer.features is not None
+    side = transfer.features.shape[-1]
+    places = torch.arange(side * side).view(1, 1, side, side).expand_as(transfer.features)
+
+    def seen(student: Tensor, teacher: Tensor) -> Tensor:
+        sizes.append(tuple(student.shape[-2:]))
+        grids.append(frozenset(teacher[0, 0].flatten().long().tolist()))
+        return feature_loss(student, teacher)
+
+    monkeypatch.setattr(distillation, "feature_loss", seen)
+    plan = with_student(smoke_plan, steps=12, feature_stride=2)
+    trained(plan, patients, replace(transfer, features=places.float()))
+    late = grids[1::2]
+    assert set(sizes[1::2]) == {(side // 2, side // 2)}
+    assert len(set(late)) > 1
+    assert frozenset.union(*late) == frozenset(range(side * side))
+
+
 # -- what is off changes nothing ---------------------------------------------------------------------
 
 
 def as_it_was(student: Student, patients: list[Patient], transfer: TransferSet, plan: RunPlan) -> None:
-    """The distillation of version 0.1 in a plain loop: labels, outputs, features; nothing else."""
+    """The distillation that had labels, outputs and features and nothing else, in a plain loop."""
     settings, seed = plan.student, 5
     sampler = PatchSampler(patients, plan.data.image_size, seed, labelled=True)
     rng = np.random.default_rng(seed)
@@ -180,9 +215,7 @@ def as_it_was(student: Student, patients: list[Patient], transfer: TransferSet, 
             softened_logit_loss(output.logits, logits, settings.temperature, False)
             + soft_dice_loss(probabilities(output.logits, False), logits.sigmoid())
         )
-        tokens = F.interpolate(
-            view(transfer.tokens), output.deep.shape[-2:], mode="bilinear", align_corners=False
-        )  # type: ignore[arg-type]
+        tokens = view(transfer.tokens)  # type: ignore[arg-type]
         both = feature_loss(deep(output.deep), tokens)
         both = both + feature_loss(late(output.late), view(transfer.features))  # type: ignore[arg-type]
         return loss + (taught + settings.feature_weight * both)
