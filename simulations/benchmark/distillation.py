@@ -1,8 +1,8 @@
-"""What learning from a teacher's kept outputs costs a student: CPU time an epoch, beside the same without.
+"""What learning from a teacher's kept outputs costs a student: CPU time, beside the same without.
 
     python -m simulations.benchmark.distillation [--images 96] [--stride 2] [--repetitions 7] [--json]
 
-All epochs are `client.distillation.distil` over the same number of the same images in the same batches:
+All trainings are `client.distillation.distil` over the same number of the same images in the same batches:
 ``kept`` reads the teacher's outputs from the disk and learns from them, ``plain`` learns from masks instead,
 and ``labels`` is the recipe's ordinary step on labelled crops, which it draws and augments. Interleaved; a
 ratio is taken within a repetition. ``build`` asks the teacher and writes its outputs, ``passes`` only sends
@@ -45,18 +45,22 @@ FOREVER = Deadline(float("inf"))
 
 @dataclass(frozen=True)
 class Job:
-    """``images`` of ``size`` pixels, in batches of ``batch``; an epoch sees each of them about once."""
+    """``images`` of ``size`` pixels, in batches of ``batch``; an epoch takes as many as there are.
+
+    A training of ``epochs`` reads what was kept once, as a site's does.
+    """
 
     images: int = 96
     size: int = 96
     batch: int = 16
+    epochs: int = 3
     stride: int = 1  # student.feature_stride
     repetitions: int = 7
 
 
 @dataclass(frozen=True)
 class Timing:
-    """CPU seconds of one repetition; ``kept`` has the reading in it, which is ``read``."""
+    """CPU seconds of one repetition's trainings; ``kept`` has the reading in it, which is ``read``."""
 
     plain: float
     labels: float
@@ -86,7 +90,7 @@ class Bench:
     def __init__(self, job: Job, form: TeacherCache, folder: Path) -> None:
         recipe = load_recipe("smoke", [f"data.image_size={job.size}"])
         settings = replace(
-            recipe.student, steps=job.images // job.batch, batch_size=job.batch,
+            recipe.student, steps=job.epochs * job.images // job.batch, batch_size=job.batch,
             transfer_batch_size=job.batch, teacher_cache=form, feature_stride=job.stride,
         )  # fmt: skip
         plan = build_plan(replace(recipe, student=settings), "benchmark")
@@ -115,7 +119,7 @@ class Bench:
             return _cpu(lambda: teacher_logits(network, self.set.images, False))
 
     def kept(self) -> tuple[float, float]:
-        """An epoch from the kept outputs, and the part of it that was reading."""
+        """A training from the kept outputs, and the part of it that was reading."""
         parts: list[float] = []
 
         def epoch() -> None:
@@ -190,7 +194,7 @@ def as_text(outcome: Outcome) -> str:
     job = outcome.job
     lines = [
         f"kept as {outcome.form}: {job.images} images of {job.size} pixels in batches of {job.batch}, "
-        f"feature_stride {job.stride}; CPU seconds an epoch",
+        f"feature_stride {job.stride}; CPU seconds of {job.epochs} epochs",
         "  kept (reading)   plain   labels   build   passes",
     ]
     lines += [
