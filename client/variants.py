@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from client.painters import PAINTERS
+from common.recipe import Distillation
 
 
 class Start(StrEnum):
@@ -23,15 +24,31 @@ class Variant:
     """How one model of the benefit matrix is trained.
 
     Attributes:
-        teacher: whose outputs it learns from: "federated", "local" (this site's alone) or None.
+        teacher: whom it learns from: "federated" (or whom ``student.distillation`` puts in its place),
+            "local" (this site's alone), "untuned" (as it ships, by its features alone), "ensemble" (the
+            federated and this site's, by their mean output alone), or None.
         styles: whose appearance the synthetic images have: "all" sites, "own", or None for no such image.
         painter: of `client.painters.PAINTERS`, who makes them; None: whoever the plan's scope names.
+        features: whether it learns the teacher's features beside its outputs.
     """
 
     start: Start = Start.shipped
     teacher: str | None = None
     styles: str | None = None
     painter: str | None = None
+    features: bool = True
+
+    def taught_by(self, asked: Distillation) -> str | None:
+        """The teacher of this variant in a recipe that asks for ``asked``."""
+        return _INSTEAD[asked] if self.teacher == "federated" else self.teacher
+
+
+_INSTEAD = {
+    Distillation.task: "federated",
+    Distillation.agnostic: "untuned",
+    Distillation.ensemble: "ensemble",
+    Distillation.none: None,
+}
 
 
 def painted_by(painter: str) -> Variant:
@@ -46,5 +63,7 @@ VARIANTS: dict[str, Variant] = {
     "no_synthetic": Variant(teacher="federated"),
     "no_distillation": Variant(styles="all"),
     "no_federation": Variant(teacher="local", styles="own"),
+    "no_features": Variant(teacher="federated", styles="all", features=False),
+    "task_agnostic": Variant(teacher="untuned", styles="all"),
     **{painter: painted_by(painter) for painter in PAINTERS},
 }

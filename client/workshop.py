@@ -28,6 +28,7 @@ from client.site import Site
 from client.students import build_student, load_student, save_student
 from client.teachers import LOCAL_TEACHER, SiteTeachers
 from client.transfer.gallery import GENERATOR_FILE, SYNTHETIC, save_synthetic
+from client.transfer.kept import remove as remove_outputs
 from client.transfer.making import TransferMaker
 from client.transfer.painting import Painter
 from client.variants import VARIANTS, Start
@@ -55,14 +56,15 @@ class Workshop:
     def run(self) -> StudentNote:
         """Train the student and the recipe's baselines; the note says sizes and counts, no weights.
 
-        Guarantee: no frozen prefix is left in the site's folder afterwards, and no crop of a private round
-        in memory, whatever happened.
+        Guarantee: no frozen prefix and no teacher's output is left in the site's folder afterwards, and no
+        crop of a private round in memory, whatever happened.
         """
         try:
             return self._train_all()
         finally:
             forget(self.site.folder)
             PrefixCache(self.site.folder).forget()
+            remove_outputs(self.site.folder)
 
     def _train_all(self) -> StudentNote:
         if self.teachers.personal is not None:

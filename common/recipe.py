@@ -66,6 +66,8 @@ BASELINES = (
     "no_synthetic",
     "no_distillation",
     "no_federation",
+    "no_features",
+    "task_agnostic",
     "recolour",
     "paint",
     "histogram",
@@ -122,6 +124,18 @@ class SyntheticLabels(StrEnum):
     soft = "soft"  # the teacher's probabilities
     mask = "mask"  # the conditioning mask
     both = "both"  # their mean
+
+
+class Distillation(StrEnum):
+    task = "task"  # the federated teacher's outputs and features
+    agnostic = "agnostic"  # the features of the teacher as it ships, which knows nothing of the task
+    ensemble = "ensemble"  # the mean of the outputs of the federated teacher and the site's own
+    none = "none"
+
+
+class TeacherCache(StrEnum):
+    float16 = "float16"  # logits and features
+    uint8 = "uint8"  # probabilities in 255ths, features in bfloat16
 
 
 class Holdout(StrEnum):
@@ -285,6 +299,17 @@ class StudentConfig:
     feature_weight: float = 0.1
     synthetic_share: float = 0.5  # of the crops of the transfer set
     synthetic_labels: SyntheticLabels = SyntheticLabels.soft
+    real_labels: SyntheticLabels = SyntheticLabels.soft  # the same, of the site's own labelled crops
+    distillation: Distillation = Distillation.task
+    boundary_weight: float = 0.0  # 0 and the term is not computed, as for every weight here
+    entropy_weight: float = 0.0  # how far the outputs' term discounts pixels of which the teacher is not sure
+    warmup_share: float = 0.0  # first share of the steps, on the transfer set alone
+    finetune_share: float = 0.0  # last share of the steps, on the labels alone
+    feature_stride: int = (
+        1  # decoder features are compared on every so many-th row and column, drawn anew a step
+    )
+    transfer_views: int = 1  # of each image of the transfer set; those beyond the first are augmented
+    teacher_cache: TeacherCache = TeacherCache.float16  # how the site keeps what the teacher said
 
 
 @dataclass(frozen=True)

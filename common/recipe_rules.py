@@ -19,6 +19,7 @@ from common.privacy_rules import privacy_faults
 from common.recipe import Recipe, SiteConfig, SiteFile
 from common.robust_rules import robust_faults
 from common.schema_check import Fault, choose_from
+from common.student_rules import student_faults
 from common.tuning.rules import adapter_faults
 
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")  # a folder's name on every system
@@ -126,6 +127,9 @@ RANGES: dict[type, dict[str, Range]] = {
         "logit_weight": NOT_NEGATIVE,
         "feature_weight": NOT_NEGATIVE,
         "synthetic_share": SHARE,
+        "boundary_weight": NOT_NEGATIVE,
+        **dict.fromkeys(("entropy_weight", "warmup_share", "finetune_share"), SHARE),
+        **dict.fromkeys(("transfer_views", "feature_stride"), Range(1, 16)),
     },
     SiteConfig: {"rank": COUNT, "patients": COUNT, "test_patients": COUNT},
     SiteFile: {"rank": COUNT, "patients": COUNT, "test_patients": COUNT},
@@ -205,6 +209,7 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
     for index, site in enumerate(recipe.sites):
         faults += _site_faults(site, f"sites[{index}]", recipe)
     faults += adapter_faults(recipe)
+    faults += student_faults(recipe.student)
     faults += robust_faults(recipe.aggregation)
     faults += privacy_faults(recipe)
     faults += _baseline_faults(recipe.baselines)

@@ -239,6 +239,15 @@ def test_what_is_not_as_the_run_left_it_or_has_no_place_is_refused(home: Home, t
     assert not (home.folder / RECEIPTS).exists()
 
 
+def test_images_of_own_pixels_leave_under_no_policy(home: Home, tmp_path: Path) -> None:
+    home.sign(release="dp_or_untrained")
+    home.ran("recolour")
+    assert origin_of(home.plan, home.ledger.entries) is Origin.own
+    result = home.export(tmp_path / "out")
+    assert (result.exit_code, "no policy lets them go" in result.stderr) == (20, True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_where_a_generator_comes_from_is_told_by_the_ledger_alone(home: Home) -> None:
     home.ran("local")
     assert origin_of(home.plan, home.ledger.entries) is Origin.trained
