@@ -24,12 +24,13 @@ from client.patients import Patient
 from client.personal import PERSONAL_TEACHER
 from client.prefix_cache import PrefixCache
 from client.site import Site
-from client.students import build_student, load_student, save_student
+from client.starts import Starts
+from client.students import load_student, save_student
 from client.teachers import LOCAL_TEACHER, SiteTeachers
 from client.transfer.gallery import save_synthetic
 from client.transfer.making import TransferMaker
 from client.transfer.painting import Painter
-from client.variants import VARIANTS, Start
+from client.variants import VARIANTS
 from common.adapter import Adapter
 from common.guard_api import StudentNote
 from common.plan import RunPlan
@@ -91,18 +92,22 @@ class Workshop:
         painter = Painter(self.site, self.plan, self.styles, self.generator, self._labelled, self.deadline)
         return TransferMaker(self.teachers, painter, self.train)
 
+    @cached_property
+    def _starts(self) -> Starts:
+        return Starts(self.site, self.plan, self.train, self.deadline)
+
     def _train(self, name: str, curated: Curated | None) -> None:
-        variant, kind = VARIANTS[name], self.site.student or self.plan.student.name
+        variant, starts = VARIANTS[name], self._starts
         # The same start, batches and order for every variant: a difference is the ingredient's.
         seed = self.site.draw_seed(self.plan, "student")
-        student = build_student(kind, self.plan.data, variant.start is Start.shipped, seed)
+        student = starts.student(variant.start)
         if name != "student":
             curated = self._transfer.curated(variant)
         transfer = None if curated is None else curated.transfer
         if self._labelled:  # without: only a private run goes on, which tells nobody, and keeps the start
             distil(student, self._labelled, transfer, self.plan, seed, self.deadline)
-        about = {"run_id": self.plan.run_id, "model": name}
-        save_student(student, model_path(self.site, name), kind, self.plan.data, about)
+        about = {"run_id": self.plan.run_id, "model": name, "start": starts.resolve(variant.start)}
+        save_student(student, model_path(self.site, name), starts.kind, self.plan.data, about)
 
     def _note(self, curated: Curated | None) -> StudentNote:
         student = load_student(model_path(self.site, "student"))
@@ -119,6 +124,7 @@ class Workshop:
             generated=0 if curated is None else curated.generated,
             kept=0 if curated is None else curated.kept,
             dropped_inconsistent=0 if curated is None else curated.dropped_inconsistent,
+            start=str(self._starts.resolve(VARIANTS["student"].start)),
         )
 
 

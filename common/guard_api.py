@@ -70,6 +70,7 @@ class StudentNote:
     kept: int
     dropped_inconsistent: int
     ledger_head: SignedHead | None = None
+    start: str = ""  # a `common.recipe.Start`: as the recipe or the kind says, never by what the data are
 
 
 @dataclass(frozen=True)

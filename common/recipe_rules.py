@@ -18,6 +18,7 @@ from common.privacy_rules import privacy_faults
 from common.recipe import Recipe, SiteConfig, SiteFile
 from common.robust_rules import robust_faults
 from common.schema_check import Fault, choose_from
+from common.student_rules import student_faults
 from common.tuning.rules import adapter_faults
 
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")  # a folder's name on every system
@@ -115,6 +116,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "learning_rate": POSITIVE,
     },
     schema.StudentConfig: {
+        "pretraining_steps": COUNT,
         "steps": COUNT,
         "batch_size": COUNT,
         "transfer_batch_size": COUNT,
@@ -204,6 +206,7 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
         faults += _site_faults(site, f"sites[{index}]", recipe)
     faults += adapter_faults(recipe)
     faults += robust_faults(recipe.aggregation)
+    faults += student_faults(recipe)
     faults += privacy_faults(recipe)
     faults += _baseline_faults(recipe.baselines)
     return faults
