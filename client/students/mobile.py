@@ -71,7 +71,7 @@ class Join(nn.Module):
 
 
 class Mobile(Student):
-    """A U-shaped network of 0.8 M parameters: image (B, 3, H, W) in [0, 1] -> logits (B, C, H, W).
+    """A U-shaped network of 0.7 M parameters: image (B, 3, H, W) in [0, 1] -> logits (B, C, H, W).
 
     GroupNorm alone: no buffer. The head mixes several normalised channels after an activation, with a bias a
     class: an empty mask can be represented.

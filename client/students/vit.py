@@ -83,7 +83,7 @@ class PatchEncoder(nn.Module):
 
 
 class ViTTiny(Student):
-    """5.8 M parameters: image (B, 3, H, W) in [0, 1] -> logits (B, C, H, W).
+    """5.7 M parameters: image (B, 3, H, W) in [0, 1] -> logits (B, C, H, W).
 
     The decoder is the teacher's own (`common.decoder`), in the student's width: patches of 16 pixels alone
     would lose whatever is thinner. LayerNorm and GroupNorm: no buffer. Positions are learned for one tile

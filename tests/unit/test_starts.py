@@ -10,6 +10,7 @@ import torch
 
 import client.starts
 from client.deadline import Deadline
+from client.guard import Guard
 from client.membership import audit_student, subjects_of
 from client.patients import Patient
 from client.site import Site
@@ -134,3 +135,12 @@ def test_the_plan_names_the_weights_that_there_are(smoke_recipe: Recipe) -> None
     asked = replace(smoke_recipe, sites=[replace(east, student="vit-tiny"), west])
     assert "vit-tiny" not in model_digests(asked)
     assert "unet-xs" in model_digests(asked)
+
+
+def test_a_site_says_at_once_that_its_student_has_no_such_start(smoke_plan: RunPlan, tmp_path: Path) -> None:
+    """Not in the last stage, after all the rounds."""
+    site = starts_of(smoke_plan, [], tmp_path, own="vit-tiny").site
+    Guard(site)._check_policy(smoke_plan)
+    asked = replace(smoke_plan, student=replace(smoke_plan.student, start=Start.shipped))
+    with pytest.raises(ConfigError, match=r"choose another student in site\.yaml"):
+        Guard(site)._check_policy(asked)
