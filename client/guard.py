@@ -25,6 +25,7 @@ from client.patients import Patient, Split, of_split
 from client.pinned_factors import check_named, check_sent
 from client.publishing import keep, kept_metrics, lost_metrics
 from client.site import Site
+from client.students import start_of
 from client.style import summarise_style
 from client.witnesses import witness
 from client.workshop import Workshop
@@ -177,6 +178,7 @@ class Guard:
         for name, digest in plan.models.items():
             if checkpoints.base_sha256(name) != digest:
                 raise ArtefactError(f"the plan's {name} is not this site's: install the same release")
+        start_of(self.site.student or plan.student.name, plan.student.start)  # else the last stage would fail
 
     def _check_factors(self, plan: RunPlan, account: Account, sent: Adapter) -> None:
         """Raises ``PolicyRefusal`` for another A than the plan's, and books it."""

@@ -6,17 +6,9 @@ All variants take the same labelled batches for the same steps; `client.workshop
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from client.painters import PAINTERS
-from common.recipe import Distillation
-
-
-class Start(StrEnum):
-    """The weights that a student starts from."""
-
-    shipped = "shipped"  # pre-trained on procedural images
-    random = "random"
+from common.recipe import Distillation, Start
 
 
 @dataclass(frozen=True)
@@ -24,6 +16,7 @@ class Variant:
     """How one model of the benefit matrix is trained.
 
     Attributes:
+        start: None: the student's own, as the recipe says (`client.starts`).
         teacher: whom it learns from: "federated" (or whom ``student.distillation`` puts in its place),
             "local" (this site's alone), "untuned" (as it ships, by its features alone), "ensemble" (the
             federated and this site's, by their mean output alone), or None.
@@ -32,7 +25,7 @@ class Variant:
         features: whether it learns the teacher's features beside its outputs.
     """
 
-    start: Start = Start.shipped
+    start: Start | None = None
     teacher: str | None = None
     styles: str | None = None
     painter: str | None = None
@@ -60,6 +53,8 @@ VARIANTS: dict[str, Variant] = {
     "student": Variant(teacher="federated", styles="all"),
     "local_only": Variant(),
     "local_only_scratch": Variant(start=Start.random),
+    "local_only_mae": Variant(start=Start.mae),
+    "local_only_moco": Variant(start=Start.moco),
     "no_synthetic": Variant(teacher="federated"),
     "no_distillation": Variant(styles="all"),
     "no_federation": Variant(teacher="local", styles="own"),

@@ -25,13 +25,14 @@ from client.patients import Patient
 from client.personal import PERSONAL_TEACHER
 from client.prefix_cache import PrefixCache
 from client.site import Site
-from client.students import build_student, load_student, save_student
+from client.starts import Starts
+from client.students import load_student, save_student
 from client.teachers import LOCAL_TEACHER, SiteTeachers
 from client.transfer.gallery import GENERATOR_FILE, SYNTHETIC, save_synthetic
 from client.transfer.kept import remove as remove_outputs
 from client.transfer.making import TransferMaker
 from client.transfer.painting import Painter
-from client.variants import VARIANTS, Start
+from client.variants import VARIANTS
 from common.adapter import Adapter
 from common.guard_api import StudentNote
 from common.plan import RunPlan
@@ -94,7 +95,7 @@ class Workshop:
 
     @cached_property
     def _transfer(self) -> TransferMaker:
-        return TransferMaker(self.teachers, self._painter, self.train)
+        return TransferMaker(self.teachers, self._painter, self.train, self._starts)
 
     def _keep_images(self, curated: Curated | None) -> None:
         """The student's synthetic images, those that were taken out as copies, and who painted them."""
@@ -108,18 +109,22 @@ class Workshop:
             folder = self.site.folder / SYNTHETIC
             save_synthetic(synthetic_part(curated.transfer), folder, self.plan, self._painter.trained)
 
+    @cached_property
+    def _starts(self) -> Starts:
+        return Starts(self.site, self.plan, self.train, self.deadline)
+
     def _train(self, name: str, curated: Curated | None) -> None:
-        variant, kind = VARIANTS[name], self.site.student or self.plan.student.name
+        variant, starts = VARIANTS[name], self._starts
         # The same start, batches and order for every variant: a difference is the ingredient's.
         seed = self.site.draw_seed(self.plan, "student")
-        student = build_student(kind, self.plan.data, variant.start is Start.shipped, seed)
+        student = starts.student(variant.start)
         if name != "student":
             curated = self._transfer.curated(variant)
         transfer = None if curated is None else curated.transfer
         if self._labelled:  # without: only a private run goes on, which tells nobody, and keeps the start
             distil(student, self._labelled, transfer, self.plan, seed, self.deadline)
-        about = {"run_id": self.plan.run_id, "model": name}
-        save_student(student, model_path(self.site, name), kind, self.plan.data, about)
+        about = {"run_id": self.plan.run_id, "model": name, "start": starts.resolve(variant.start)}
+        save_student(student, model_path(self.site, name), starts.kind, self.plan.data, about)
 
     def _note(self, curated: Curated | None) -> StudentNote:
         student = load_student(model_path(self.site, "student"))
@@ -133,6 +138,7 @@ class Workshop:
             sha256=student.card.sha256,
             latency_ms=latency_ms(student.module, image),
             teacher_latency_ms=teacher_ms,
+            start=str(self._starts.resolve(VARIANTS["student"].start)),
             **asdict(told_counts(curated, self._painter.images("all"), self.plan, self.site.policy)),
         )
 

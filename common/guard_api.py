@@ -76,6 +76,7 @@ class StudentNote:
     dropped_copy: int | None = None
     copy_rate: float | None = None
     ledger_head: SignedHead | None = None
+    start: str = ""  # a `common.recipe.Start`: as the recipe or the kind says, never by what the data are
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ ADAPTER_PRESETS = (
     "full",
 )
 GENERATORS = ("ward-diffusion-tiny",)
-STUDENTS = ("unet-xs",)
+STUDENTS = ("unet-xs", "unet-s", "mobile", "vit-tiny")
+SHIPPED_STUDENTS = ("unet-xs",)  # those with weights to start from
 AGGREGATION_RULES = (
     "exact_split",
     "fedit",
@@ -63,6 +64,8 @@ PRETRAINED_HEADS = ("vessel", "blob", "region", "bright", "dark")
 BASELINES = (
     "local_only",
     "local_only_scratch",
+    "local_only_mae",
+    "local_only_moco",
     "no_synthetic",
     "no_distillation",
     "no_federation",
@@ -136,6 +139,15 @@ class Distillation(StrEnum):
 class TeacherCache(StrEnum):
     float16 = "float16"  # logits and features
     uint8 = "uint8"  # probabilities in 255ths, features in bfloat16
+
+
+class Start(StrEnum):
+    """The weights that a student starts from."""
+
+    shipped = "shipped"  # pre-trained on procedural images
+    random = "random"
+    mae = "mae"  # pre-trained on the site's own images, without their masks, by telling hidden patches
+    moco = "moco"  # the same, by telling views of one image from those of others (MoCo v3)
 
 
 class Holdout(StrEnum):
@@ -289,6 +301,8 @@ class GeneratorConfig:
 @dataclass(frozen=True)
 class StudentConfig:
     name: str = "unet-xs"
+    start: Start | None = None  # None: shipped where the kind has weights, else mae
+    pretraining_steps: int = 200  # of the starts mae and moco, at each site, once a run
     steps: int = 120
     batch_size: int = 16  # labelled crops a step, for every variant
     transfer_batch_size: int = 8  # crops of the transfer set a step, beside them

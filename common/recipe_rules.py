@@ -118,6 +118,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "learning_rate": POSITIVE,
     },
     schema.StudentConfig: {
+        "pretraining_steps": COUNT,
         "steps": COUNT,
         "batch_size": COUNT,
         "transfer_batch_size": COUNT,
@@ -209,8 +210,8 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
     for index, site in enumerate(recipe.sites):
         faults += _site_faults(site, f"sites[{index}]", recipe)
     faults += adapter_faults(recipe)
-    faults += student_faults(recipe.student)
     faults += robust_faults(recipe.aggregation)
+    faults += student_faults(recipe)
     faults += privacy_faults(recipe)
     faults += _baseline_faults(recipe.baselines)
     faults += painter_faults(recipe)

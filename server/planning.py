@@ -21,7 +21,7 @@ from common.painter_rules import NETWORK_SCOPES, SHARING_SCOPES
 from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant
 from common.precision import pack
 from common.privacy.heads import HEAD, HEAD_BYTES, HEAD_NUMBERS
-from common.recipe import AggregationConfig, GeneratorScope, Recipe, TeacherConfig
+from common.recipe import SHIPPED_STUDENTS, AggregationConfig, GeneratorScope, Recipe, TeacherConfig
 from common.style import StyleSummary
 from common.tuning.halves import turns
 from common.tuning.presets import rank_of, site_teacher
@@ -86,7 +86,7 @@ def model_digests(recipe: Recipe) -> dict[str, str]:
 
     models = {recipe.teacher.name: checkpoints.base_sha256(recipe.teacher.name)}
     for name in {recipe.student.name, *(site.student for site in recipe.sites)}:
-        if name is not None:
+        if name in SHIPPED_STUDENTS:
             models[name] = checkpoints.base_sha256(name)
     if recipe.generator.scope in NETWORK_SCOPES:
         models[recipe.generator.name] = checkpoints.base_sha256(recipe.generator.name)

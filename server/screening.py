@@ -17,7 +17,7 @@ from common.errors import ArtefactError
 from common.guard_api import SiteMetrics, StudentNote
 from common.plan import PayloadSpec
 from common.precision import in_parts, norm
-from common.recipe import StyleDetail
+from common.recipe import Start, StyleDetail
 from common.style import StyleSummary, style_bounds
 
 # A round of training moves an adapter by a few times its own norm at most; what is a hundred times as
@@ -109,6 +109,8 @@ def admit_note(note: StudentNote, site: str) -> None:
         faults.append("a copy rate outside 0 to 1")
     if min(note.latency_ms, note.teacher_latency_ms) < 0:
         faults.append("a negative time")
+    if note.start not in {"", *Start}:
+        faults.append("an unknown start")
     _settle(faults)
 
 

@@ -133,7 +133,7 @@ def _teacher_entry(plan: RunPlan, adapter: Adapter) -> TeacherEntry:
 def _student_entry(site: Site, note: StudentNote) -> StudentEntry:
     """Where the site withheld the digest, the simulation takes it from the site's own file."""
     digest = note.sha256 or sha256_of_file(model_path(site, "student"))
-    return StudentEntry(note.name, note.params, digest, note.latency_ms, note.teacher_latency_ms)
+    return StudentEntry(note.name, note.params, digest, note.latency_ms, note.teacher_latency_ms, note.start)
 
 
 def _synthetic_entry(note: StudentNote) -> SyntheticEntry:

@@ -15,12 +15,16 @@ from statistics import mean
 from server.report.schema import BenefitCell, RunReport
 
 ORDER = (
-    "local_only_scratch", "local_only", "no_federation", "no_synthetic", "no_distillation",
+    "local_only_scratch", "local_only_mae", "local_only_moco", "local_only",
+    "no_federation", "no_synthetic", "no_distillation",
     "random_colour", "augment", "amplitude", "histogram", "recolour", "paint", "student",
     "local_teacher", "teacher", "personal_teacher",
 )  # fmt: skip
 CREDITS = (
     ("phantom initialisation", "local_only", "local_only_scratch"),
+    ("MAE on the site's own images", "local_only_mae", "local_only_scratch"),
+    ("MoCo v3 on the site's own images", "local_only_moco", "local_only_scratch"),
+    ("phantom over MAE initialisation", "local_only", "local_only_mae"),
     ("federation", "student", "no_federation"),
     ("synthetic images", "student", "no_synthetic"),
     ("distillation", "student", "no_distillation"),

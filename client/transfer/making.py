@@ -12,7 +12,8 @@ from client.curation import Curated, drop_inconsistent
 from client.curation.learnability import keep_learnable
 from client.painters import SyntheticSet
 from client.patients import Patient
-from client.students import Student, build_student
+from client.starts import Starts
+from client.students import Student
 from client.teachers import SiteTeachers
 from client.transfer.kept import OutputCache, row_keys
 from client.transfer.labelling import Outputs, gather, mean_logits, teacher_outputs
@@ -31,6 +32,7 @@ class TransferMaker:
     teachers: SiteTeachers
     painter: Painter
     train: Sequence[Patient]
+    starts: Starts
 
     @property
     def plan(self) -> RunPlan:
@@ -56,9 +58,8 @@ class TransferMaker:
 
     @cached_property
     def _beginner(self) -> Student:
-        """The student before it has learned anything at this site."""
-        kind, seed = self.teachers.site.student or self.plan.student.name, self.teachers.site.draw_seed
-        return build_student(kind, self.plan.data, True, seed(self.plan, "student"))
+        """The student before it has learned anything from labels."""
+        return self.starts.student(None)
 
     def _labelled(self, teacher: str, synthetic: SyntheticSet | None) -> TransferSet | None:
         """Real crops and ``synthetic`` images with what ``teacher`` (see `Variant`) says of them."""

@@ -105,6 +105,7 @@ class StudentEntry:
     sha256: str
     latency_ms: float
     teacher_latency_ms: float
+    start: str = ""  # what it was trained from; empty in a report of an earlier version
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ MINUS = "\u2212"
 
 MODELS = {  # in the order of the columns: what a site can do alone, then what the federation gives
     "local_only_scratch": "Local only, from scratch",
+    "local_only_mae": "Local only, MAE start",
+    "local_only_moco": "Local only, MoCo start",
     "local_only": "Local only",
     "local_teacher": "Local teacher",
     "teacher": "Shared teacher",
@@ -33,6 +35,12 @@ STAGES = {
     "student": "student",
     "evaluate": "evaluation",
 }
+STARTS = {
+    "shipped": "shipped weights",
+    "random": "random weights",
+    "mae": "MAE on its own images",
+    "moco": "MoCo v3 on its own images",
+}
 
 
 def model_name(model: str) -> str:
@@ -45,6 +53,10 @@ def metric_name(metric: str) -> str:
 
 def stage_name(stage: str) -> str:
     return STAGES.get(stage, stage)
+
+
+def start_name(start: str) -> str:
+    return STARTS.get(start, start)
 
 
 def score(value: float, metric: str = "dice") -> str:
