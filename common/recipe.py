@@ -14,32 +14,14 @@ from enum import StrEnum
 # compares them); they stand here so that a recipe is checked without loading any of those modules.
 TEACHERS = ("ward-sam-tiny",)
 ADAPTER_PRESETS = (
-    "base",
-    "lite",
-    "wide",
-    "dp",
-    "fused",
-    "last3",
-    "bottleneck",
-    "norm",
-    "decoder",
-    "full",
-)
+    "base", "lite", "wide", "dp", "fused", "last3", "bottleneck", "norm", "decoder", "full",
+)  # fmt: skip
 GENERATORS = ("ward-diffusion-tiny",)
 STUDENTS = ("unet-xs",)
 AGGREGATION_RULES = (
-    "exact_split",
-    "fedit",
-    "ffa",
-    "fedsvd",
-    "fedex",
-    "lora_fair",
-    "flora",
-    "flexlora",
-    "hetlora",
-    "rolora",
-    "dual",
-)
+    "exact_split", "fedit", "ffa", "fedsvd", "fedex", "lora_fair", "flora", "flexlora", "hetlora",
+    "rolora", "dual",
+)  # fmt: skip
 # What a rule takes, by its name: several ranks; of those, also other layers at each site; only presets that
 # train the factor B alone; only presets that train both, which then take turns. A rule that is in neither of
 # the first two wants one preset and rank for all sites.
@@ -61,13 +43,11 @@ CHANGE_VOTE_RULES = ("exact_split", "flora", "dual")
 FACTOR_VOTE_RULES = ("ffa", "fedsvd", "rolora")
 PRETRAINED_HEADS = ("vessel", "blob", "region", "bright", "dark")
 BASELINES = (
-    "local_only",
-    "local_only_scratch",
-    "no_synthetic",
-    "no_distillation",
-    "no_federation",
-    "local_teacher",
-)
+    "local_only", "local_only_scratch", "no_synthetic", "no_distillation", "no_federation",
+    "local_teacher", "fedavg", "fedprox", "fedbn", "centralised", "feddf",
+)  # fmt: skip
+# Of those, the ones that need every site's images or models in one place: only a simulation can train them.
+POOLED_BASELINES = ("fedavg", "fedprox", "fedbn", "centralised", "feddf")
 
 
 class Engine(StrEnum):
@@ -106,6 +86,17 @@ class SyntheticLabels(StrEnum):
     soft = "soft"  # the teacher's probabilities
     mask = "mask"  # the conditioning mask
     both = "both"  # their mean
+
+
+class StudentScope(StrEnum):
+    local = "local"  # no student's weights leave a site
+    federated = "federated"  # trained in rounds and averaged first, then distilled at each site
+
+
+class Federation(StrEnum):  # of a federated student: see `client.federated_student`
+    fedavg = "fedavg"
+    fedprox = "fedprox"  # with a pull towards what the site was sent
+    fedbn = "fedbn"  # each site keeps the scales and shifts of its normalisations
 
 
 class Holdout(StrEnum):
@@ -256,7 +247,12 @@ class GeneratorConfig:
 @dataclass(frozen=True)
 class StudentConfig:
     name: str = "unet-xs"
-    steps: int = 120
+    scope: StudentScope = StudentScope.local
+    federation: Federation = Federation.fedavg  # of a federated student
+    rounds: int = 3  # of a federated student
+    federated_share: float = 0.67  # of the steps: made in those rounds; the rest is distillation at home
+    proximal: float = 0.01  # fedprox: mu, the weight of the pull towards what was sent
+    steps: int = 120  # of every student of the run, those in rounds included
     batch_size: int = 16  # labelled crops a step, for every variant
     transfer_batch_size: int = 8  # crops of the transfer set a step, beside them
     learning_rate: float = 2e-3
@@ -266,6 +262,11 @@ class StudentConfig:
     feature_weight: float = 0.1
     synthetic_share: float = 0.5  # of the crops of the transfer set
     synthetic_labels: SyntheticLabels = SyntheticLabels.soft
+
+    @property
+    def federated(self) -> bool:
+        """Whether students' weights travel."""
+        return self.scope is StudentScope.federated
 
 
 @dataclass(frozen=True)
@@ -322,6 +323,7 @@ class PolicyConfig:
     max_payload_mb: float = 64.0
     allow_style: bool = True
     allow_generator: bool = True
+    allow_student: bool = False  # a student's weights, trained on patients without noise, may leave the site
 
 
 @dataclass(frozen=True)
@@ -333,7 +335,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. ``baselines`` are names from `client.variants.VARIANTS`, or ``local_teacher``."""
+    """A whole run. ``baselines`` are of `client.variants.VARIANTS`, ``local_teacher`` or of `POOLED_BASELINES`."""
 
     name: str = ""
     description: str = ""

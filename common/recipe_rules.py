@@ -18,6 +18,7 @@ from common.privacy_rules import privacy_faults
 from common.recipe import Recipe, SiteConfig, SiteFile
 from common.robust_rules import robust_faults
 from common.schema_check import Fault, choose_from
+from common.shared_student_rules import shared_student_faults
 from common.tuning.rules import adapter_faults
 
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")  # a folder's name on every system
@@ -115,6 +116,9 @@ RANGES: dict[type, dict[str, Range]] = {
         "learning_rate": POSITIVE,
     },
     schema.StudentConfig: {
+        "rounds": COUNT,
+        "federated_share": Range(0, 1, open_low=True),
+        "proximal": NOT_NEGATIVE,
         "steps": COUNT,
         "batch_size": COUNT,
         "transfer_batch_size": COUNT,
@@ -206,6 +210,7 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
     faults += robust_faults(recipe.aggregation)
     faults += privacy_faults(recipe)
     faults += _baseline_faults(recipe.baselines)
+    faults += shared_student_faults(recipe)
     return faults
 
 

@@ -20,7 +20,7 @@ from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
 from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant
 from common.precision import pack
 from common.privacy.heads import HEAD, HEAD_BYTES, HEAD_NUMBERS
-from common.recipe import AggregationConfig, GeneratorScope, Recipe, TeacherConfig
+from common.recipe import POOLED_BASELINES, AggregationConfig, GeneratorScope, Recipe, TeacherConfig
 from common.style import StyleSummary
 from common.tuning.halves import turns
 from common.tuning.presets import rank_of, site_teacher
@@ -123,7 +123,7 @@ def build_plan(recipe: Recipe, run_id: str, first: FirstAdapters | None = None) 
         student=recipe.student,
         privacy=recipe.privacy,
         evaluation=recipe.evaluation,
-        baselines=recipe.baselines,
+        baselines=[name for name in recipe.baselines if name not in POOLED_BASELINES],
         sites=[site.name for site in recipe.sites],
     )
 

@@ -16,6 +16,12 @@ MODELS = {  # in the order of the columns: what a site can do alone, then what t
     "no_synthetic": "Student, no synthetic",
     "no_distillation": "Student, no teacher",
     "student": "Student",
+    # what only a simulation can train, with all sites' images or models in one place
+    "fedavg": "FedAvg student (simulated)",
+    "fedprox": "FedProx student (simulated)",
+    "fedbn": "FedBN student (simulated)",
+    "feddf": "Ensemble of local teachers (simulated)",
+    "centralised": "Centralised student (simulated)",
 }
 METRICS = {"dice": "Dice", "nsd": "NSD", "hd95": "HD95"}
 LOWER_IS_BETTER = frozenset({"hd95"})
@@ -24,6 +30,7 @@ STAGES = {
     "adapt": "adapter",
     "style": "style summary",
     "generator": "generator",
+    "shared_student": "shared student",
     "student": "student",
     "evaluate": "evaluation",
 }
