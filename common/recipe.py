@@ -43,9 +43,18 @@ CHANGE_VOTE_RULES = ("exact_split", "flora", "dual")
 FACTOR_VOTE_RULES = ("ffa", "fedsvd", "rolora")
 PRETRAINED_HEADS = ("vessel", "blob", "region", "bright", "dark")
 BASELINES = (
-    "local_only", "local_only_scratch", "no_synthetic", "no_distillation", "no_federation",
-    "local_teacher", "fedavg", "fedprox", "fedbn", "centralised", "feddf",
-)  # fmt: skip
+    "local_only",
+    "local_only_scratch",
+    "no_synthetic",
+    "no_distillation",
+    "no_federation",
+    "local_teacher",
+    "fedavg",
+    "fedprox",
+    "fedbn",
+    "centralised",
+    "feddf",
+)
 # Of those, the ones that need every site's images or models in one place: only a simulation can train them.
 POOLED_BASELINES = ("fedavg", "fedprox", "fedbn", "centralised", "feddf")
 
@@ -335,7 +344,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. ``baselines`` are of `client.variants.VARIANTS`, ``local_teacher`` or of `POOLED_BASELINES`."""
+    """A whole run. ``baselines``: `client.variants.VARIANTS`, ``local_teacher``, `POOLED_BASELINES`."""
 
     name: str = ""
     description: str = ""
