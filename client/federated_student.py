@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from client.deadline import Deadline
@@ -19,10 +21,15 @@ from client.fitting import Schedule, fit
 from client.losses import segmentation_loss
 from client.patients import Patient
 from client.sampling import PatchSampler
-from client.students import Student
+from client.students import Student, build_student
+from common.adapter import Adapter
+from common.durable import write_atomic
+from common.errors import ArtefactError
 from common.plan import RunPlan
 from common.recipe import Federation
-from common.shared_student import federated_steps, round_steps
+from common.shared_student import federated_steps, round_steps, travelling
+
+KEPT = "student_norms"
 
 
 def write_weights(student: Student, weights: Mapping[str, Tensor]) -> None:
@@ -77,6 +84,53 @@ def train_round(
     fit(parameters, schedule, loss_at, deadline, "training the shared student")
     student.eval()
     return found
+
+
+def shared_student(sent: Adapter, plan: RunPlan, own: Mapping[str, Tensor]) -> Student:
+    """The student with what was ``sent``, and of the site's ``own`` what does not travel.
+
+    Raises ``ArtefactError`` if those are not all of its parameters, or of other shapes.
+    """
+    student = build_student(plan.student.name, plan.data, True, plan.seed)
+    names = {name for name, _ in student.named_parameters()}
+    if set(sent.tensors) != set(travelling(names, plan.student.federation)):
+        raise ArtefactError("what was sent is no whole student of the plan")
+    try:
+        write_weights(student, {**own, **sent.tensors})
+    except ValueError as error:
+        raise ArtefactError(f"what was sent does not fit {plan.student.name}: {error}") from error
+    return student
+
+
+@dataclass(frozen=True)
+class NormKeeper:
+    """Under FedBN, a site's own scales and shifts between the rounds of one plan; otherwise nothing.
+
+    One file a round, so that a round that is asked for again starts from where it started. Below the site's
+    folder, and never sent.
+    """
+
+    folder: Path
+    plan: RunPlan
+
+    @property
+    def _files(self) -> Path:
+        return self.folder / KEPT / self.plan.digest[:16]
+
+    def before(self, index: int) -> dict[str, Tensor]:
+        """As the last round before ``index`` that this site trained in left them; empty: as shipped."""
+        for earlier in range(index - 1, -1, -1):
+            path = self._files / f"{earlier}.safetensors"
+            if path.exists():
+                return load_file(path)
+        return {}
+
+    def keep(self, index: int, student: Student) -> None:
+        names = [name for name, _ in student.named_parameters()]
+        travel = set(travelling(names, self.plan.student.federation))
+        own = read_weights(student, [name for name in names if name not in travel])
+        if own:
+            write_atomic(self._files / f"{index}.safetensors", save(own))
 
 
 def plan_at_home(plan: RunPlan) -> RunPlan:

@@ -22,19 +22,22 @@ class Variant:
 
     Attributes:
         teacher: whose outputs it learns from: "federated", "local" (this site's alone) or None.
+        shares_start: where the student's weights are trained in rounds first, it starts from those, and takes
+            the steps that are left.
         styles: whose appearance the synthetic images have: "all" sites, "own", or None for no such image.
     """
 
     start: Start = Start.shipped
     teacher: str | None = None
     styles: str | None = None
+    shares_start: bool = False
 
 
 VARIANTS: dict[str, Variant] = {
-    "student": Variant(teacher="federated", styles="all"),
+    "student": Variant(teacher="federated", styles="all", shares_start=True),
     "local_only": Variant(),
     "local_only_scratch": Variant(start=Start.random),
-    "no_synthetic": Variant(teacher="federated"),
-    "no_distillation": Variant(styles="all"),
+    "no_synthetic": Variant(teacher="federated", shares_start=True),
+    "no_distillation": Variant(styles="all", shares_start=True),
     "no_federation": Variant(teacher="local", styles="own"),
 }

@@ -19,12 +19,13 @@ from client.curation import Curated, synthetic_part
 from client.deadline import Deadline
 from client.distillation import distil
 from client.dp.bench import forget
+from client.federated_student import NormKeeper, plan_at_home, shared_student
 from client.measuring import model_path
 from client.patients import Patient
 from client.personal import PERSONAL_TEACHER
 from client.prefix_cache import PrefixCache
 from client.site import Site
-from client.students import build_student, load_student, save_student
+from client.students import Student, build_student, load_student, save_student
 from client.teachers import LOCAL_TEACHER, SiteTeachers
 from client.transfer.gallery import save_synthetic
 from client.transfer.making import TransferMaker
@@ -40,7 +41,8 @@ from common.style import StyleSummary
 class Workshop:
     """Everything that one site does between the last adapter and its students.
 
-    ``adapter`` is the federated teacher's; ``generator`` the federated generator's, if that scope ran.
+    ``adapter`` is the federated teacher's; ``generator`` the federated generator's, if that scope ran;
+    ``common`` the weights of the federated student, if its scope ran.
     """
 
     site: Site
@@ -50,6 +52,7 @@ class Workshop:
     generator: Adapter | None
     train: Sequence[Patient]
     deadline: Deadline
+    common: Adapter | None = None
 
     def run(self) -> StudentNote:
         """Train the student and the recipe's baselines; the note says sizes and counts, no weights.
@@ -95,14 +98,26 @@ class Workshop:
         variant, kind = VARIANTS[name], self.site.student or self.plan.student.name
         # The same start, batches and order for every variant: a difference is the ingredient's.
         seed = self.site.draw_seed(self.plan, "student")
-        student = build_student(kind, self.plan.data, variant.start is Start.shipped, seed)
+        shares = variant.shares_start and self.common is not None
+        plan = plan_at_home(self.plan) if shares else self.plan
+        student = (
+            self._together()
+            if shares
+            else build_student(kind, plan.data, variant.start is Start.shipped, seed)
+        )
         if name != "student":
             curated = self._transfer.curated(variant)
         transfer = None if curated is None else curated.transfer
         if self._labelled:  # without: only a private run goes on, which tells nobody, and keeps the start
-            distil(student, self._labelled, transfer, self.plan, seed, self.deadline)
+            distil(student, self._labelled, transfer, plan, seed, self.deadline)
         about = {"run_id": self.plan.run_id, "model": name}
         save_student(student, model_path(self.site, name), kind, self.plan.data, about)
+
+    def _together(self) -> Student:
+        """The student as the rounds left it, with this site's own of what does not travel."""
+        assert self.common is not None
+        own = NormKeeper(self.site.folder, self.plan).before(self.plan.student.rounds)
+        return shared_student(self.common, self.plan, own)
 
     def _note(self, curated: Curated | None) -> StudentNote:
         student = load_student(model_path(self.site, "student"))

@@ -6,8 +6,8 @@ site; on ``all``, by those of every site, whose mean difference counts as one.
 * The difference is the report's: of ``own`` the mean over sites, of ``all`` the mean over patients; then the
   mean over seeds.
 * Its 95 % interval is a bootstrap of patients, drawn within each site and each seed (Efron and
-  Tibshirani 1993, percentiles). Seeds are blocks: each keeps its own cut, and all of them count alike. It says
-  how sure these seeds are, not what another seed would bring: the seeds' own differences stand beside it.
+  Tibshirani 1993, percentiles). Seeds are blocks: each keeps its own cut, and all of them count alike. It
+  says how sure these seeds are, not what another seed would bring: each seed's own difference stands beside.
 * p is Wilcoxon's signed-rank test on all differences (Wilcoxon 1945), two-sided, corrected over the family of
   all comparisons of the table (Holm 1979). Where seeds cut one data set, a patient may be in the test splits
   of several, and is then not independent of itself: p is a little too small.

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from client.distillation import distil
 from client.deadline import Deadline
+from client.distillation import distil
 from client.federated_student import read_weights, train_round
 from client.measuring import model_path
 from client.site import Site
