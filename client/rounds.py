@@ -1,4 +1,4 @@
-"""One round at the site: of the teacher's adapter, noised or not, the generator's, or of the shared student."""
+"""One round at the site: of the teacher's adapter, noised or not, the generator's, or the shared student."""
 
 from __future__ import annotations
 

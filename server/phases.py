@@ -48,15 +48,7 @@ def run_walk(collector: Collector, recipe: Recipe, run_dir: Path) -> RunOutcome:
     shutil.rmtree(run_dir / "state" / INBOX, ignore_errors=True)
     try:
         walk = Walk(collector, recipe, run_dir)
-        walk.propose()
-        walk.adapt()
-        if Stage.style in walk.plan.stages:
-            walk.style()
-        if Stage.generator in walk.plan.stages:
-            walk.generator()
-        if Stage.shared_student in walk.plan.stages:
-            walk.shared_student()
-        walk.student()
+        walk.train()
         if Stage.evaluate in walk.plan.stages:
             walk.evaluate()
     except WardroundError as error:
@@ -105,6 +97,19 @@ class Walk:
             )
             for stage, rule in self.rules.items()
         }
+
+    def train(self) -> None:
+        """Every phase of the plan up to the students."""
+        self.propose()
+        self.adapt()
+        for stage, phase in (
+            (Stage.style, self.style),
+            (Stage.generator, self.generator),
+            (Stage.shared_student, self.shared_student),
+        ):
+            if stage in self.plan.stages:
+                phase()
+        self.student()
 
     def propose(self) -> None:
         """Ask every node; those that agree are the run's sites. A resumed run keeps its first sites."""

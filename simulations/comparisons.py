@@ -112,7 +112,10 @@ class SeedValues:
         return {model for model, _ in self.values}
 
     def differences(self, better: str, worse: Iterable[str], where: str) -> dict[str, FloatArray]:
-        """Tested site -> ``better`` minus the mean of ``worse``, a patient each; undefined ones left out."""
+        """Tested site -> ``better`` minus the mean of ``worse``, a patient each; undefined ones left out.
+
+        Without ``worse`` the value of ``better`` itself.
+        """
         rivals = list(worse)
         trainers = sorted({site for model, site in self.values if model == better})
         found: dict[str, FloatArray] = {}
@@ -128,7 +131,9 @@ class SeedValues:
     def _gap(self, better: str, rivals: Sequence[str], trainer: str, tested: str) -> FloatArray | None:
         parts = [self.values.get((model, trainer), {}).get(tested) for model in (better, *rivals)]
         known = [part for part in parts if part is not None]
-        return known[0] - np.mean(known[1:], axis=0) if len(known) == len(parts) else None
+        if len(known) < len(parts):
+            return None
+        return known[0] - np.mean(known[1:], axis=0) if rivals else known[0]
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ class Compared:
 def compare(
     seeds: Sequence[SeedValues], better: str, worse: Sequence[str], where: str, resamples: int = RESAMPLES
 ) -> Compared | None:
-    """None where a seed has not both sides."""
+    """None where a seed has not both sides. Without ``worse``: ``better`` itself, of which p says nothing."""
     found = [seed.differences(better, worse, where) for seed in seeds]
     if not found or not all(found):
         return None
