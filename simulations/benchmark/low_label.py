@@ -4,7 +4,7 @@
         [--seeds 0,1,2] [--json FILE] [--plot FILE.svg] [key=value ...]
 
 The sites are cut once a seed, with the most labels that are asked for, and masks are then taken away: the
-same images, the same test patients at every point of a curve, and whoever has a label among 10 has it among 20.
+same images, the same test patients at every point of a curve, and who has a label among 10 has it among 20.
 For each seed and number of labels the federation is walked once, and every model is trained from it: students
 and baselines by the recipe's own names (``student``, ``teacher``, any of ``baselines``). Models of one point
 differ in nothing but themselves.

@@ -54,11 +54,10 @@ def test_fewer_labels_are_some_of_more_and_nothing_else_changes(
         assert set(one) < set(two)
         for split in (Split.test, Split.val):
             assert labelled(few, split)[site] == labelled(more, split)[site] != []
-        rows = {
-            count: list(csv.DictReader((tmp_path / str(count) / f"{site}.csv").open())) for count in (2, 3)
-        }
+        files = [tmp_path / str(count) / f"{site}.csv" for count in (2, 3)]
+        texts = [list(csv.DictReader(file.read_text().splitlines())) for file in files]
         original = read_manifest(Site.open(whole / site).manifest).rows
-        for hidden in rows.values():
+        for hidden in texts:
             assert [Path(row["image"]) for row in hidden] == [row.image.resolve() for row in original]
             assert [row["split"] for row in hidden] == [str(row.split) for row in original]
 
@@ -95,7 +94,7 @@ def test_classes_are_taken_together_and_an_undefined_one_is_left_out() -> None:
     (cell,) = cells_of(crossed(0.5, ["student"], 3), 10, ["student"], 1.0)
     assert cell.row == Row(10, "student")
     assert cell.seed == 3
-    assert cell.values["east"]["west"] == [0.55, 0.5, 0.55]
+    assert cell.values["east"]["west"] == [0.55, 0.5, 0.5]
 
 
 @pytest.fixture
@@ -130,7 +129,7 @@ def test_each_point_is_walked_once_for_all_its_models_and_never_again(
     }
     text = table(cells)
     assert "| Dice, tested on own | 2 labels | 4 labels |" in text
-    assert "| student | 0.553 [" in text
+    assert "| student | 0.537 [" in text
     assert "- met: over FedAvg of the same student, own site: +0.000" in text
 
 
