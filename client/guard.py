@@ -118,6 +118,8 @@ class Guard:
 
     def train_shared_student(self, order: Round, student: Adapter) -> AdapterUpdate:
         plan, account = self._heed(order, student)
+        if Stage.shared_student not in plan.stages:
+            raise PolicyRefusal("the plan trains no student together", field="plan")
         train = self._labelled(plan)
         adaptation = rounds.train_shared_student(self.site, plan, unpack(student), train, order)
         update = self._update(plan, student, adaptation, len(train))

@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 import client.rounds
 from client.federated_student import NormKeeper, shared_student
+from client.guard import Guard
 from client.measuring import model_path
 from client.site import Site
 from client.students import Student, load_student
 from common.config import load_recipe, save_run_config
 from common.errors import ArtefactError, PolicyRefusal
-from common.plan import RunPlan, Stage
+from common.plan import Round, RunPlan, Stage
 from common.recipe import Federation, StudentConfig, StudentScope
 from common.shared_student import SHARED_STUDENT, first_student
 from server.outcome import RunOutcome
 from server.phases import Walk
+from server.planning import build_plan
 from server.report.schema import RunReport
 from simulations.baselines import Hospital, federated_loop
 from simulations.loopback import run_loopback
@@ -160,6 +162,21 @@ def test_a_run_that_stops_between_rounds_ends_with_the_same_student(
     digests = {RunOutcome.load(run / "state").student_sha256 for run in (whole, broken)}
     assert len(digests) == 1
     assert digests != {""}
+
+
+def test_a_courier_that_asks_for_a_students_weights_beside_the_plan_gets_none(tmp_path: Path) -> None:
+    recipe = load_recipe("smoke")
+    prepare_sites(recipe, tmp_path)
+    guard, plan = Guard(Site.open(tmp_path / "east")), build_plan(recipe, "run")
+
+    def order(stage: Stage) -> Round:
+        return Round(plan.digest, stage, 0, 60.0, "nonce")
+
+    assert guard.propose(plan, order(Stage.propose)).agrees
+    receipts = (tmp_path / "east" / "receipts.jsonl").read_text()
+    with pytest.raises(PolicyRefusal, match="trains no student together"):
+        guard.train_shared_student(order(Stage.shared_student), first_student(plan.student, plan.data))
+    assert (tmp_path / "east" / "receipts.jsonl").read_text() == receipts
 
 
 class Normed(nn.Module):
