@@ -56,7 +56,7 @@ def _serve(stage: Stage, work: Work) -> None:
 
 def _student(guard: GuardApi, order: Round, content: wire.Content) -> wire.Content:
     request = wire.decode_student_request(content)
-    note = guard.train_student(order, request.adapter, request.styles, request.generator)
+    note = guard.train_student(order, request.adapter, request.styles, request.generator, request.student)
     return wire.encode_numbers(note)
 
 
@@ -64,5 +64,9 @@ _serve(Stage.propose, lambda g, o, c: wire.encode_answer(g.propose(wire.decode_p
 _serve(Stage.adapt, lambda g, o, c: wire.encode_update(o, g.adapt(o, wire.decode_adapter(c))))
 _serve(Stage.style, lambda g, o, c: wire.encode_numbers(g.style(o)))
 _serve(Stage.generator, lambda g, o, c: wire.encode_update(o, g.train_generator(o, wire.decode_adapter(c))))
+_serve(
+    Stage.shared_student,
+    lambda g, o, c: wire.encode_update(o, g.train_shared_student(o, wire.decode_adapter(c))),
+)
 _serve(Stage.student, _student)
 _serve(Stage.evaluate, lambda g, o, c: wire.encode_numbers(g.evaluate(o, wire.decode_adapter(c))))

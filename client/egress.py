@@ -33,6 +33,7 @@ from common.privacy.heads import HEAD, SignedHead, without_empty_head
 from common.privacy.ledger import Ledger
 from common.privacy.published import LAPLACE
 from common.privacy.receipts import NO_MECHANISM, PUBLIC, SYNTHETIC
+from common.shared_student import SHARED_STUDENT
 from common.tuning.presets import GENERATOR
 
 RECEIPTS = "receipts.jsonl"
@@ -204,6 +205,8 @@ class Egress:
         """Preset and rank of what the site trains in ``stage``."""
         if stage is Stage.adapt:
             return self.variant.preset, self.variant.rank
+        if stage is Stage.shared_student:
+            return SHARED_STUDENT, 0
         return GENERATOR, self.plan.generator.rank
 
     def _spec(self, stage: Stage, round_index: int) -> PayloadSpec:

@@ -1,12 +1,15 @@
-"""One round of training at the site: of the teacher's adapter, noised or not, or of the generator's."""
+"""One round at the site: of the teacher's adapter, noised or not, the generator's, or the shared student."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from client.account import Reservation
 from client.adaptation import Adaptation, Visit, adapt
 from client.deadline import Deadline
+from client.federated_student import NormKeeper, read_weights, shared_student, train_round
+from client.fitting import ends
 from client.generation import fine_tune
 from client.patients import Patient
 from client.private_adaptation import PrivateStep, private_step
@@ -41,6 +44,17 @@ def adapt_generator(
     visit = round_visit(site, plan, Stage.generator, order.index)
     generator = generator_of(plan.generator)
     return fine_tune(generator, adapter, train, plan, visit, Deadline(order.deadline_s))
+
+
+def train_shared_student(
+    site: Site, plan: RunPlan, student: Adapter, train: Sequence[Patient], order: Round
+) -> Adaptation:
+    seed = site.draw_seed(plan, str(Stage.shared_student), order.index)
+    keeper = NormKeeper(site.folder, plan)
+    network = shared_student(student, plan, keeper.before(order.index))
+    losses = train_round(network, train, plan, (order.index, seed), Deadline(order.deadline_s))
+    keeper.keep(order.index, network)
+    return Adaptation(replace(student, tensors=read_weights(network, list(student.tensors))), ends(losses))
 
 
 def round_visit(site: Site, plan: RunPlan, stage: Stage, index: int) -> Visit:

@@ -23,6 +23,8 @@ class Variant:
         styles: whose appearance the synthetic images have: "all" sites, "own", or None for no such image.
         painter: of `client.painters.PAINTERS`, who makes them; None: whoever the plan's scope names.
         features: whether it learns the teacher's features beside its outputs.
+        shares_start: where the student's weights are trained in rounds first, it starts from those, and takes
+            the steps that are left.
     """
 
     start: Start | None = None
@@ -30,6 +32,7 @@ class Variant:
     styles: str | None = None
     painter: str | None = None
     features: bool = True
+    shares_start: bool = False
 
     def taught_by(self, asked: Distillation) -> str | None:
         """The teacher of this variant in a recipe that asks for ``asked``."""
@@ -46,19 +49,19 @@ _INSTEAD = {
 
 def painted_by(painter: str) -> Variant:
     """The student of the same run, whose images another painter made: as many, for as many steps."""
-    return Variant(teacher="federated", styles="all", painter=painter)
+    return Variant(teacher="federated", styles="all", painter=painter, shares_start=True)
 
 
 VARIANTS: dict[str, Variant] = {
-    "student": Variant(teacher="federated", styles="all"),
+    "student": Variant(teacher="federated", styles="all", shares_start=True),
     "local_only": Variant(),
     "local_only_scratch": Variant(start=Start.random),
     "local_only_mae": Variant(start=Start.mae),
     "local_only_moco": Variant(start=Start.moco),
-    "no_synthetic": Variant(teacher="federated"),
-    "no_distillation": Variant(styles="all"),
+    "no_synthetic": Variant(teacher="federated", shares_start=True),
+    "no_distillation": Variant(styles="all", shares_start=True),
     "no_federation": Variant(teacher="local", styles="own"),
-    "no_features": Variant(teacher="federated", styles="all", features=False),
-    "task_agnostic": Variant(teacher="untuned", styles="all"),
+    "no_features": Variant(teacher="federated", styles="all", features=False, shares_start=True),
+    "task_agnostic": Variant(teacher="untuned", styles="all", shares_start=True),
     **{painter: painted_by(painter) for painter in PAINTERS},
 }

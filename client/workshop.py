@@ -20,13 +20,14 @@ from client.curation.quarantine import keep_quarantine, told_counts
 from client.deadline import Deadline
 from client.distillation import distil
 from client.dp.bench import forget
+from client.federated_student import NormKeeper, plan_at_home, shared_student
 from client.measuring import model_path
 from client.patients import Patient
 from client.personal import PERSONAL_TEACHER
 from client.prefix_cache import PrefixCache
 from client.site import Site
 from client.starts import Starts
-from client.students import load_student, save_student
+from client.students import Student, load_student, save_student
 from client.teachers import LOCAL_TEACHER, SiteTeachers
 from client.transfer.gallery import GENERATOR_FILE, SYNTHETIC, save_synthetic
 from client.transfer.kept import remove as remove_outputs
@@ -43,7 +44,8 @@ from common.style import StyleSummary
 class Workshop:
     """Everything that one site does between the last adapter and its students.
 
-    ``adapter`` is the federated teacher's; ``generator`` the federated generator's, if that scope ran.
+    ``adapter`` is the federated teacher's; ``generator`` the federated generator's, if that scope ran;
+    ``common`` the weights of the federated student, if its scope ran.
     """
 
     site: Site
@@ -53,6 +55,7 @@ class Workshop:
     generator: Adapter | None
     train: Sequence[Patient]
     deadline: Deadline
+    common: Adapter | None = None
 
     def run(self) -> StudentNote:
         """Train the student and the recipe's baselines; the note says sizes and counts, no weights.
@@ -117,14 +120,22 @@ class Workshop:
         variant, starts = VARIANTS[name], self._starts
         # The same start, batches and order for every variant: a difference is the ingredient's.
         seed = self.site.draw_seed(self.plan, "student")
-        student = starts.student(variant.start)
+        shares = variant.shares_start and self.common is not None
+        plan = plan_at_home(self.plan) if shares else self.plan
+        student = self._together() if shares else starts.student(variant.start)
         if name != "student":
             curated = self._transfer.curated(variant)
         transfer = None if curated is None else curated.transfer
         if self._labelled:  # without: only a private run goes on, which tells nobody, and keeps the start
-            distil(student, self._labelled, transfer, self.plan, seed, self.deadline)
+            distil(student, self._labelled, transfer, plan, seed, self.deadline)
         about = {"run_id": self.plan.run_id, "model": name, "start": starts.resolve(variant.start)}
         save_student(student, model_path(self.site, name), starts.kind, self.plan.data, about)
+
+    def _together(self) -> Student:
+        """The student as the rounds left it, with this site's own of what does not travel."""
+        assert self.common is not None
+        own = NormKeeper(self.site.folder, self.plan).before(self.plan.student.rounds)
+        return shared_student(self.common, self.plan, own)
 
     def _note(self, curated: Curated | None) -> StudentNote:
         student = load_student(model_path(self.site, "student"))

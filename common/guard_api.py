@@ -111,8 +111,15 @@ class GuardApi(Protocol):
 
     def train_generator(self, order: Round, adapter: Adapter) -> AdapterUpdate: ...
 
+    def train_shared_student(self, order: Round, student: Adapter) -> AdapterUpdate: ...
+
     def train_student(
-        self, order: Round, adapter: Adapter, styles: dict[str, StyleSummary], generator: Adapter | None
+        self,
+        order: Round,
+        adapter: Adapter,
+        styles: dict[str, StyleSummary],
+        generator: Adapter | None,
+        student: Adapter | None = None,
     ) -> StudentNote: ...
 
     def evaluate(self, order: Round, adapter: Adapter) -> SiteMetrics: ...

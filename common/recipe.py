@@ -14,33 +14,15 @@ from enum import StrEnum
 # compares them); they stand here so that a recipe is checked without loading any of those modules.
 TEACHERS = ("ward-sam-tiny", "ward-sam-tiny-lesions")
 ADAPTER_PRESETS = (
-    "base",
-    "lite",
-    "wide",
-    "dp",
-    "fused",
-    "last3",
-    "bottleneck",
-    "norm",
-    "decoder",
-    "full",
-)
+    "base", "lite", "wide", "dp", "fused", "last3", "bottleneck", "norm", "decoder", "full",
+)  # fmt: skip
 GENERATORS = ("ward-diffusion-tiny",)
 STUDENTS = ("unet-xs", "unet-s", "mobile", "vit-tiny")
 SHIPPED_STUDENTS = ("unet-xs",)  # those with weights to start from
 AGGREGATION_RULES = (
-    "exact_split",
-    "fedit",
-    "ffa",
-    "fedsvd",
-    "fedex",
-    "lora_fair",
-    "flora",
-    "flexlora",
-    "hetlora",
-    "rolora",
-    "dual",
-)
+    "exact_split", "fedit", "ffa", "fedsvd", "fedex", "lora_fair", "flora", "flexlora", "hetlora",
+    "rolora", "dual",
+)  # fmt: skip
 # What a rule takes, by its name: several ranks; of those, also other layers at each site; only presets that
 # train the factor B alone; only presets that train both, which then take turns. A rule that is in neither of
 # the first two wants one preset and rank for all sites.
@@ -78,7 +60,14 @@ BASELINES = (
     "augment",
     "random_colour",
     "local_teacher",
+    "fedavg",
+    "fedprox",
+    "fedbn",
+    "centralised",
+    "feddf",
 )
+# Of those, the ones that need every site's images or models in one place: only a simulation can train them.
+POOLED_BASELINES = ("fedavg", "fedprox", "fedbn", "centralised", "feddf")
 
 
 class Engine(StrEnum):
@@ -127,6 +116,17 @@ class SyntheticLabels(StrEnum):
     soft = "soft"  # the teacher's probabilities
     mask = "mask"  # the conditioning mask
     both = "both"  # their mean
+
+
+class StudentScope(StrEnum):
+    local = "local"  # no student's weights leave a site
+    federated = "federated"  # trained in rounds and averaged first, then distilled at each site
+
+
+class Federation(StrEnum):  # of a federated student: see `client.federated_student`
+    fedavg = "fedavg"
+    fedprox = "fedprox"  # with a pull towards what the site was sent
+    fedbn = "fedbn"  # each site keeps the scales and shifts of its normalisations
 
 
 class Distillation(StrEnum):
@@ -303,7 +303,12 @@ class StudentConfig:
     name: str = "unet-xs"
     start: Start | None = None  # None: shipped where the kind has weights, else mae
     pretraining_steps: int = 200  # of the starts mae and moco, at each site, once a run
-    steps: int = 120
+    scope: StudentScope = StudentScope.local
+    federation: Federation = Federation.fedavg  # of a federated student
+    rounds: int = 3  # of a federated student
+    federated_share: float = 0.67  # of the steps: made in those rounds; the rest is distillation at home
+    proximal: float = 0.01  # fedprox: mu, the weight of the pull towards what was sent
+    steps: int = 120  # of every student of the run, those in rounds included
     batch_size: int = 16  # labelled crops a step, for every variant
     transfer_batch_size: int = 8  # crops of the transfer set a step, beside them
     learning_rate: float = 2e-3
@@ -324,6 +329,11 @@ class StudentConfig:
     )
     transfer_views: int = 1  # of each image of the transfer set; those beyond the first are augmented
     teacher_cache: TeacherCache = TeacherCache.float16  # how the site keeps what the teacher said
+
+    @property
+    def federated(self) -> bool:
+        """Whether students' weights travel."""
+        return self.scope is StudentScope.federated
 
 
 @dataclass(frozen=True)
@@ -380,6 +390,7 @@ class PolicyConfig:
     max_payload_mb: float = 64.0
     allow_style: bool = True
     allow_generator: bool = True
+    allow_student: bool = False  # a student's weights, trained on patients without noise, may leave the site
 
 
 @dataclass(frozen=True)
@@ -391,7 +402,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. ``baselines`` are names from `client.variants.VARIANTS`, or ``local_teacher``."""
+    """A whole run. ``baselines``: `client.variants.VARIANTS`, ``local_teacher``, `POOLED_BASELINES`."""
 
     name: str = ""
     description: str = ""

@@ -19,6 +19,7 @@ from common.privacy_rules import privacy_faults
 from common.recipe import Recipe, SiteConfig, SiteFile
 from common.robust_rules import robust_faults
 from common.schema_check import Fault, choose_from
+from common.shared_student_rules import shared_student_faults
 from common.student_rules import student_faults
 from common.tuning.rules import adapter_faults
 
@@ -119,6 +120,9 @@ RANGES: dict[type, dict[str, Range]] = {
     },
     schema.StudentConfig: {
         "pretraining_steps": COUNT,
+        "rounds": COUNT,
+        "federated_share": Range(0, 1, open_low=True),
+        "proximal": NOT_NEGATIVE,
         "steps": COUNT,
         "batch_size": COUNT,
         "transfer_batch_size": COUNT,
@@ -215,6 +219,7 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
     faults += privacy_faults(recipe)
     faults += _baseline_faults(recipe.baselines)
     faults += painter_faults(recipe)
+    faults += shared_student_faults(recipe)
     return faults
 
 

@@ -32,7 +32,7 @@ class TransferMaker:
     teachers: SiteTeachers
     painter: Painter
     train: Sequence[Patient]
-    starts: Starts
+    starts: Starts | None = None  # of the site's students, where they are made already
 
     @property
     def plan(self) -> RunPlan:
@@ -59,7 +59,8 @@ class TransferMaker:
     @cached_property
     def _beginner(self) -> Student:
         """The student before it has learned anything from labels."""
-        return self.starts.student(None)
+        starts = self.starts or Starts(self.teachers.site, self.plan, self.train, self.teachers.deadline)
+        return starts.student(None)
 
     def _labelled(self, teacher: str, synthetic: SyntheticSet | None) -> TransferSet | None:
         """Real crops and ``synthetic`` images with what ``teacher`` (see `Variant`) says of them."""

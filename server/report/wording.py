@@ -24,6 +24,12 @@ MODELS = {  # in the order of the columns: what a site can do alone, then what t
     "recolour": "Student, recoloured crops",
     "paint": "Student, procedural paint",
     "student": "Student",
+    # what only a simulation can train, with all sites' images or models in one place
+    "fedavg": "FedAvg student (simulated)",
+    "fedprox": "FedProx student (simulated)",
+    "fedbn": "FedBN student (simulated)",
+    "feddf": "Ensemble of local teachers (simulated)",
+    "centralised": "Centralised student (simulated)",
 }
 METRICS = {"dice": "Dice", "nsd": "NSD", "hd95": "HD95"}
 LOWER_IS_BETTER = frozenset({"hd95"})
@@ -32,6 +38,7 @@ STAGES = {
     "adapt": "adapter",
     "style": "style summary",
     "generator": "generator",
+    "shared_student": "shared student",
     "student": "student",
     "evaluate": "evaluation",
 }

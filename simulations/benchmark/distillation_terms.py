@@ -29,13 +29,13 @@ from client.deadline import Deadline
 from client.distillation import distil
 from client.patients import Patient, Split, of_split
 from client.site import Site
-from client.students import build_student
+from client.starts import Starts
 from client.style import summarise_style
 from client.teachers import SiteTeachers
 from client.transfer.making import TransferMaker
 from client.transfer.painting import Painter
 from client.transfer.sets import TransferSet
-from client.variants import VARIANTS, Start
+from client.variants import VARIANTS
 from common.adapter import Adapter
 from common.config import load_recipe
 from common.errors import UsageError, WardroundError
@@ -144,7 +144,7 @@ class Classroom:
         seconds = 0.0
         for name, site in self.sites.items():
             seed, variant = site.draw_seed(plan, "student"), VARIANTS[row.variant]
-            student = build_student(plan.student.name, plan.data, variant.start is Start.shipped, seed)
+            student = Starts(site, plan, self.train(name), FOREVER).student(variant.start)
             transfer = self.transfer(name, row.variant, plan)
             started = time.process_time()
             distil(student, self.labelled(name), transfer, plan, seed, FOREVER)

@@ -30,12 +30,12 @@ from client.distillation import distil
 from client.painters import PAINTERS
 from client.patients import Patient, Split, of_split
 from client.site import Site
-from client.students import build_student
+from client.starts import Starts
 from client.style import summarise_style
 from client.teachers import SiteTeachers
 from client.transfer.making import TransferMaker
 from client.transfer.painting import NETWORK, Painter
-from client.variants import VARIANTS, Start, Variant
+from client.variants import VARIANTS, Variant
 from common.adapter import Adapter
 from common.config import load_recipe
 from common.errors import UsageError, WardroundError
@@ -160,8 +160,8 @@ class Consortium:
         """A student of site ``name`` from what ``maker`` makes, and of how many synthetic images."""
         curated, plan, site = maker.curated(variant), maker.plan, self.sites[name]
         labelled = [patient for patient in maker.train if patient.labelled]
-        seed, kind = site.draw_seed(plan, "student"), site.student or plan.student.name
-        student = build_student(kind, plan.data, variant.start is Start.shipped, seed)
+        seed = site.draw_seed(plan, "student")
+        student = Starts(site, plan, maker.train, FOREVER).student(variant.start)
         distil(student, labelled, None if curated is None else curated.transfer, plan, seed, FOREVER)
         return student, 0 if curated is None else curated.kept
 

@@ -25,6 +25,7 @@ import torch
 from diffusers import DDIMScheduler
 
 import client.generation as generation
+from client.curation.quarantine import Screened
 from client.generation import Sampling, Solver, plans_solver, synthesise
 from client.painters import SyntheticSet
 from client.teachers import SiteTeachers
@@ -88,8 +89,8 @@ class _Given(Painter):
 
     given: SyntheticSet
 
-    def images(self, styles: str, painter: str | None = None) -> SyntheticSet:
-        return self.given
+    def images(self, styles: str, painter: str | None = None) -> Screened:
+        return Screened.whole(self.given)
 
 
 def measure(pool: Pool, folder: Path) -> Found:

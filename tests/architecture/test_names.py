@@ -89,12 +89,14 @@ def test_the_names_in_the_recipe_are_those_of_the_registries() -> None:
     from common.teacher import HEADS
     from common.tuning.presets import PRESETS
     from server.aggregation import RULES
+    from simulations.baselines import MAKERS
 
     assert set(recipe.STUDENTS) == set(STUDENTS)
     assert set(recipe.AGGREGATION_RULES) == set(RULES)
     assert sorted(recipe.ADAPTER_PRESETS) == sorted(PRESETS)
     assert recipe.PRETRAINED_HEADS == HEADS
-    assert set(recipe.BASELINES) == {*VARIANTS, LOCAL_TEACHER} - {"student"}
+    assert set(recipe.BASELINES) == {*VARIANTS, LOCAL_TEACHER, *MAKERS} - {"student"}
+    assert set(recipe.POOLED_BASELINES) == set(MAKERS)
 
 
 def test_the_models_in_the_recipe_are_those_that_ship() -> None:

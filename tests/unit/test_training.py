@@ -301,8 +301,8 @@ def test_variants_differ_in_one_ingredient_each() -> None:
     ours = VARIANTS["student"]
     assert VARIANTS["no_synthetic"] == replace(ours, styles=None)
     assert VARIANTS["no_distillation"] == replace(ours, teacher=None)
-    assert VARIANTS["no_federation"] == replace(ours, teacher="local", styles="own")
-    assert VARIANTS["local_only"] == replace(ours, teacher=None, styles=None)
+    assert VARIANTS["no_federation"] == replace(ours, teacher="local", styles="own", shares_start=False)
+    assert VARIANTS["local_only"] == replace(ours, teacher=None, styles=None, shares_start=False)
     assert VARIANTS["local_only_scratch"] == replace(VARIANTS["local_only"], start=Start.random)
 
 
