@@ -11,7 +11,7 @@ ONE_STUDENT = ("fedavg", "fedprox", "fedbn", "centralised")  # pooled baselines 
 
 
 def shared_student_faults(recipe: Recipe) -> Iterator[Fault]:
-    """Sites of different students or starts, rounds without a step, what a private run would send unnoised."""
+    """Sites of different students or starts, rounds without a step, what would leave a private run as it is."""
     settings = recipe.student
     pooled = [
         (f"baselines[{i}]", name) for i, name in enumerate(recipe.baselines) if name in POOLED_BASELINES
