@@ -180,7 +180,7 @@ def checkpoint_findings() -> Iterator[Finding]:
     """The shipped initial weights are there and are those of their cards."""
     from common import checkpoints
     from common.errors import ArtefactError
-    from common.recipe import GENERATORS, SHIPPED_STUDENTS, TEACHERS
+    from common.names import GENERATORS, SHIPPED_STUDENTS, TEACHERS
 
     shipped = checkpoints.names()
     for name in sorted({*TEACHERS, *GENERATORS, *SHIPPED_STUDENTS, *shipped}):

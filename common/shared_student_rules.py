@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from common.recipe import POOLED_BASELINES, SHIPPED_STUDENTS, Recipe, Start, StudentScope
+from common.names import POOLED_BASELINES, SHIPPED_STUDENTS
+from common.recipe import Recipe, Start, StudentScope
 from common.schema_check import Fault
 
 ONE_STUDENT = ("fedavg", "fedprox", "fedbn", "centralised")  # pooled baselines of one network for all sites
 
 
 def shared_student_faults(recipe: Recipe) -> Iterator[Fault]:
-    """Sites of different students or starts, rounds without a step, what would leave a private run as it is."""
+    """Sites of different students or starts, rounds without a step, and what a private run may not send."""
     settings = recipe.student
     pooled = [
         (f"baselines[{i}]", name) for i, name in enumerate(recipe.baselines) if name in POOLED_BASELINES

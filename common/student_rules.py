@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from common.recipe import SHIPPED_STUDENTS, STUDENTS, Distillation, Recipe, Start, StudentConfig
+from common.names import SHIPPED_STUDENTS, STUDENTS
+from common.recipe import Distillation, Recipe, Start, StudentConfig
 from common.schema_check import Fault
 
 

@@ -17,18 +17,12 @@ from torch import Tensor
 from common.adapter import Adapter
 from common.code_digest import code_sha256
 from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
+from common.names import POOLED_BASELINES, SHIPPED_STUDENTS
 from common.painter_rules import NETWORK_SCOPES, SHARING_SCOPES
 from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant
 from common.precision import pack
 from common.privacy.heads import HEAD, HEAD_BYTES, HEAD_NUMBERS
-from common.recipe import (
-    POOLED_BASELINES,
-    SHIPPED_STUDENTS,
-    AggregationConfig,
-    GeneratorScope,
-    Recipe,
-    TeacherConfig,
-)
+from common.recipe import AggregationConfig, GeneratorScope, Recipe, TeacherConfig
 from common.style import StyleSummary
 from common.tuning.halves import turns
 from common.tuning.presets import rank_of, site_teacher

@@ -20,8 +20,9 @@ from common.canonical import sha256_of_file
 from common.config import recipe_digest
 from common.errors import ArtefactError
 from common.guard_api import StudentNote
+from common.names import POOLED_BASELINES
 from common.plan import RunPlan
-from common.recipe import POOLED_BASELINES, Recipe
+from common.recipe import Recipe
 from common.teacher import resident_teacher
 from server.outcome import RunOutcome
 from server.phases import TEACHER_FILE

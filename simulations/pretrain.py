@@ -27,7 +27,7 @@ from common import checkpoints, progress
 from common.backbones import build_backbone
 from common.backbones.base import Backbone
 from common.generator import StyleDiffusion, diffusion_loss
-from common.recipe import SHIPPED_STUDENTS
+from common.names import SHIPPED_STUDENTS
 from common.seeding import derive_rng, derive_seed
 from common.teacher import HEADS, TINY, Teacher
 from simulations.scenes import KINDS, TARGETS, scene_bank

@@ -12,7 +12,8 @@ from client.students.unet import UNetS, UNetXS
 from client.students.vit import ViTTiny
 from common import checkpoints
 from common.errors import ArtefactError, ConfigError
-from common.recipe import SHIPPED_STUDENTS, DataConfig, Start
+from common.names import SHIPPED_STUDENTS
+from common.recipe import DataConfig, Start
 from common.teacher import select_head
 
 STUDENTS: dict[str, Callable[[int], Student]] = {

@@ -29,8 +29,9 @@ from torch import Tensor
 from common.adapter import FACTOR_SUFFIXES, Adapter, AdapterUpdate
 from common.canonical import canonical_json
 from common.errors import ArtefactError, ConfigError, FederationError
+from common.names import FACTOR_VOTE_RULES
 from common.precision import sendable
-from common.recipe import FACTOR_VOTE_RULES, AggregationConfig
+from common.recipe import AggregationConfig
 from common.robust_rules import vote_fault
 from common.tuning.halves import B_ALONE, BOTH, Half, Halves
 from server.aggregation.momentum import Momentum

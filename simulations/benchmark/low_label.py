@@ -34,8 +34,9 @@ from client.site import Site, forget_patients
 from common import progress
 from common.config import load_recipe
 from common.errors import DataError, UsageError, WardroundError
+from common.names import BASELINES, POOLED_BASELINES
 from common.plan import Stage
-from common.recipe import BASELINES, POOLED_BASELINES, Recipe, SiteConfig
+from common.recipe import Recipe, SiteConfig
 from common.seeding import derive_rng
 from server.collect import Collector
 from server.events import EventLog

@@ -40,9 +40,10 @@ from client.variants import VARIANTS
 from client.workshop import latency_ms
 from common.config import load_recipe
 from common.errors import UsageError, WardroundError
+from common.names import SHIPPED_STUDENTS, STUDENTS
 from common.plan import RunPlan, Stage
 from common.precision import unpack
-from common.recipe import SHIPPED_STUDENTS, STUDENTS, Recipe, Start
+from common.recipe import Recipe, Start
 from server.collect import Collector
 from server.events import EventLog
 from server.phases import Walk

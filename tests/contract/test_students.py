@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from client.students import STUDENTS, ResidualUNet, ViTTiny
 from client.students.vit import GRID, PATCH
-from common.recipe import SHIPPED_STUDENTS
+from common.names import SHIPPED_STUDENTS
 from tests.contract.student import ShippedContract, StudentContract
 
 

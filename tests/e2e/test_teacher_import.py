@@ -17,7 +17,7 @@ from common.config import load_recipe
 from common.errors import ConfigError
 from common.foundation.catalogue import CATALOGUE
 from common.foundation.layouts import layouts
-from common.recipe import TEACHERS
+from common.names import TEACHERS
 from tests.e2e import walks
 from tests.foundation_checkpoints import hub_tensors, model, weightless, write_folder
 from wardround import main

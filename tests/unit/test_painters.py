@@ -20,7 +20,7 @@ from client.patients import Patient
 from client.style import low_amplitudes, style_vector, summarise_style
 from client.texture import bands, grain, impose_texture, texture_numbers
 from client.variants import VARIANTS
-from common import recipe as schema
+from common import names
 from common.painter_rules import NETWORK_SCOPES, SPECTRAL_BASELINES, STYLED_BASELINES
 from common.plan import RunPlan
 from common.recipe import GeneratorScope, StyleDetail
@@ -102,7 +102,7 @@ def test_the_masks_of_own_crops_are_the_patients(name: str, material: Material) 
 
 
 def test_registry_recipe_and_variants_name_the_same_painters() -> None:
-    assert set(PAINTERS) == set(schema.BASELINES) & {*STYLED_BASELINES, "augment", "random_colour"}
+    assert set(PAINTERS) == set(names.BASELINES) & {*STYLED_BASELINES, "augment", "random_colour"}
     assert {name for name in PAINTERS if PAINTERS[name].shares} == set(STYLED_BASELINES)
     assert {name for name in PAINTERS if PAINTERS[name].shares == "spectrum"} == set(SPECTRAL_BASELINES)
     for name in PAINTERS:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoints, recipe
+from common import checkpoints, names
 from simulations import pretrain
 from simulations.pretrain import (
     DEFAULT_STEPS,
@@ -50,16 +50,16 @@ def test_the_same_seed_makes_the_same_weights(kind: str, small: Path) -> None:
 
 def test_there_is_a_maker_for_every_model_that_a_recipe_may_name() -> None:
     made = {SHIPPED.get(name, name) for name in MAKERS}
-    assert made == {*recipe.TEACHERS, *recipe.GENERATORS, *recipe.STUDENTS}
+    assert made == {*names.TEACHERS, *names.GENERATORS, *names.STUDENTS}
     assert MAKERS.keys() == DEFAULT_STEPS.keys()
     assert {SHIPPED.get(name, name) for name in USUAL} == {
-        *recipe.TEACHERS,
-        *recipe.GENERATORS,
-        *recipe.SHIPPED_STUDENTS,
+        *names.TEACHERS,
+        *names.GENERATORS,
+        *names.SHIPPED_STUDENTS,
     }
 
 
-@pytest.mark.parametrize("kind", recipe.SHIPPED_STUDENTS)
+@pytest.mark.parametrize("kind", names.SHIPPED_STUDENTS)
 def test_a_shipped_student_says_how_it_is_made_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     checkpoints.card.cache_clear()
@@ -68,7 +68,7 @@ def test_a_shipped_student_says_how_it_is_made_again(kind: str, monkeypatch: pyt
         card["reproduce"] == f"python -m simulations.pretrain {kind} --seed 0 --steps {DEFAULT_STEPS[kind]}"
     )
     assert card["steps"] == DEFAULT_STEPS[kind]
-    assert set(card["heads"]) == set(recipe.PRETRAINED_HEADS)
+    assert set(card["heads"]) == set(names.PRETRAINED_HEADS)
 
 
 def test_a_batch_has_the_kinds_that_were_asked_for() -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from common.names import POOLED_BASELINES
 from common.pages import STYLE, drawing
-from common.recipe import POOLED_BASELINES
 from server.report import charts, wording
 
 

@@ -11,7 +11,8 @@ import torch
 
 from client.students import UNetXS, build_student, load_student, save_student, start_of
 from common.errors import ArtefactError, ConfigError
-from common.recipe import SHIPPED_STUDENTS, STUDENTS, ClassConfig, DataConfig, Start
+from common.names import SHIPPED_STUDENTS, STUDENTS
+from common.recipe import ClassConfig, DataConfig, Start
 
 DATA = DataConfig(image_size=32, classes=[ClassConfig("cell", 255, "blob")])
 
