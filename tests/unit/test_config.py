@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from common import config
 from common.errors import ConfigError
 from common.recipe import Anatomy, Engine, PolicyConfig, Recipe, SiteFile
-from common.recipe_rules import RANGES, Range
+from common.recipe_ranges import RANGES, Range
 
 TWO_SITES = "sites:\n  - {name: east, phantom: {}}\n  - {name: west, phantom: {}}\n"
 
