@@ -92,8 +92,8 @@ def shared_student(sent: Adapter, plan: RunPlan, own: Mapping[str, Tensor]) -> S
     Raises ``ArtefactError`` if those are not all of its parameters, or of other shapes.
     """
     student = build_student(plan.student.name, plan.data, True, plan.seed)
-    names = {name for name, _ in student.named_parameters()}
-    if set(sent.tensors) != set(travelling(names, plan.student.federation)):
+    weights = dict(student.named_parameters())
+    if set(sent.tensors) != set(travelling(weights, plan.student.federation)):
         raise ArtefactError("what was sent is no whole student of the plan")
     try:
         write_weights(student, {**own, **sent.tensors})
@@ -126,9 +126,9 @@ class NormKeeper:
         return {}
 
     def keep(self, index: int, student: Student) -> None:
-        names = [name for name, _ in student.named_parameters()]
-        travel = set(travelling(names, self.plan.student.federation))
-        own = read_weights(student, [name for name in names if name not in travel])
+        weights = dict(student.named_parameters())
+        travel = set(travelling(weights, self.plan.student.federation))
+        own = read_weights(student, [name for name in weights if name not in travel])
         if own:
             write_atomic(self._files / f"{index}.safetensors", save(own))
 

@@ -6,7 +6,7 @@ and the same mean as a teacher's decoder.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from common.recipe import DataConfig, Federation, StudentConfig
 
 SHARED_STUDENT = "student"  # the preset of its adapters, which are no teacher's
 HEAD = ("head.weight", "head.bias")  # of every student, one row a class
-NORMALISING = ("norm", "bn", "ln", "layernorm", "groupnorm", "batchnorm", "N")  # N: MONAI's name for it
 
 
 def federated_steps(settings: StudentConfig) -> int:
@@ -35,23 +34,29 @@ def round_steps(settings: StudentConfig, index: int) -> tuple[int, int]:
     return first, first + each + (index < left)
 
 
-def normalising(name: str) -> bool:
-    """Whether parameter ``name`` is the scale or shift of a normalisation.
+def normalising(weights: Mapping[str, Tensor]) -> set[str]:
+    """The parameters that are scales and shifts of normalisations.
 
-    By its name alone, so that a server knows it without the network: a layer called ``norm``, ``norm2``,
-    ``bn1``, ``N`` ... A test holds it against every student's modules.
+    Known by their shapes, so that a server needs no network: a layer whose ``weight`` is a vector with a bias
+    beside it (those of convolutions and linear layers have two dimensions or more; a PReLU has no bias). A
+    test holds it against every student's modules.
     """
-    layer = name.split(".")[-2] if "." in name else ""
-    return layer.rstrip("0123456789").rstrip("_") in NORMALISING or layer.endswith("_norm")
+    found = set()
+    for name, tensor in weights.items():
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and tensor.dim() == 1 and f"{layer}.bias" in weights:
+            found |= {name, f"{layer}.bias"}
+    return found
 
 
-def travelling(names: Iterable[str], federation: Federation) -> list[str]:
+def travelling(weights: Mapping[str, Tensor], federation: Federation) -> list[str]:
     """The parameters that are averaged, in order.
 
     Under FedBN (Li et al., ICLR 2021) scales and shifts of normalisations stay at home. A student whose
     normalisations have none, such as ``unet-xs``, is then averaged whole: FedBN is FedAvg for it.
     """
-    return sorted(name for name in names if federation is not Federation.fedbn or not normalising(name))
+    at_home = normalising(weights) if federation is Federation.fedbn else set()
+    return sorted(set(weights) - at_home)
 
 
 def first_student(settings: StudentConfig, data: DataConfig) -> Adapter:

@@ -79,9 +79,7 @@ class AggregationRule(ABC):
         self._initial = initial
         self._shares = dict(shares)
         self._whole = whole or Share.of(initial)
-        self._dense = {
-            name: tensor.clone() for name, tensor in initial.tensors.items() if not is_factor(name)
-        }
+        self._dense = {name: t.clone() for name, t in initial.tensors.items() if not is_factor(name)}
         self.momentum = Momentum(self.momentum.factor)
         self._round = None
         self._start_layers(initial)
