@@ -17,6 +17,8 @@ MODELS = {  # in the order of the columns: what a site can do alone, then what t
     "no_federation": "Student, no federation",
     "no_synthetic": "Student, no synthetic",
     "no_distillation": "Student, no teacher",
+    "no_features": "Student, no features",
+    "task_agnostic": "Student, untuned teacher",
     "random_colour": "Student, random colours",
     "augment": "Student, strong augmentation",
     "amplitude": "Student, amplitude transfer",
