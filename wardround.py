@@ -18,9 +18,12 @@ from typing import Any, NoReturn
 import click
 
 from client.audit_commands import audit
-from client.commands import data, student
+from client.commands import data
 from client.policy_commands import policy_draft
+from client.preparation.commands import prepare, sets
 from client.site_commands import site
+from client.student_commands import student
+from client.synthetic_commands import synthetic
 from common import progress
 from common.commands import doctor, teacher
 from common.errors import DEFECT_EXIT_CODE, INTERRUPTED_EXIT_CODE, WardroundError
@@ -103,8 +106,13 @@ def main() -> None:
         os.environ.setdefault(name, value)
 
 
-for command in (demo, simulate, recipes, validate, report, data, teacher, student, privacy, site, doctor):
+COMMANDS = (
+    demo, simulate, recipes, validate, report, data, teacher, student, synthetic, privacy, site, doctor
+)  # fmt: skip
+for command in COMMANDS:
     main.add_command(command)
+data.add_command(prepare)
+data.add_command(sets)
 privacy.add_command(audit)
 policy_group.add_command(policy_draft)
 

@@ -33,6 +33,7 @@ class Adaptation:
     adapter: Adapter
     losses: tuple[float, float]
     halves: Halves = BOTH
+    site: str = ""
 
 
 class Visit(NamedTuple):
@@ -40,13 +41,15 @@ class Visit(NamedTuple):
 
     ``round_index`` decides the learning rate, ``seed`` every batch. ``folder`` is the site's own, where the
     frozen prefix is kept between rounds if the plan has fixed views; None keeps none. ``halves``: the
-    factors that are trained in this round, as far as the preset trains them at all.
+    factors that are trained in this round, as far as the preset trains them at all. ``site``: by name, for a
+    generator that tells sites apart.
     """
 
     round_index: int
     seed: int
     folder: Path | None = None
     halves: Halves = BOTH
+    site: str = ""
 
 
 def adapt(

@@ -1,9 +1,8 @@
-"""A hospital's verbs on the command line: ``data`` and ``student``."""
+"""A hospital's images on the command line: ``data``."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,66 +94,3 @@ def describe(manifest: Path, labels: tuple[int, ...], as_json: bool) -> None:
         print_json(summary)
     else:
         _print_table(summary)
-
-
-@click.group()
-def student() -> None:
-    """Use a student: the small model that a hospital keeps.
-
-    \b
-    Example:
-      wardround student predict student.safetensors images/ --out masks/
-    """
-
-
-@student.command()
-@click.argument("weights", type=click.Path(path_type=Path))
-@click.argument("images", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the masks.")
-@click.option(
-    "--threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True,
-    help="A pixel whose probability is at least this belongs to the class.",
-)  # fmt: skip
-@click.option("--overlay", is_flag=True, help="Also write each image with the outline drawn on it.")
-@AS_JSON
-def predict(weights: Path, images: Path, out: Path, threshold: float, overlay: bool, as_json: bool) -> None:
-    """Segment every image in the folder IMAGES with the student in WEIGHTS; masks go to --out.
-
-    \b
-    Example:
-      wardround student predict runs/demo/sites/harbour/student.safetensors images/ --out masks/
-    """
-    from client.prediction import predict_folder
-
-    written = predict_folder(weights, images, out, threshold, overlay)
-    if as_json:
-        masks, overlays = ([str(path) for path in paths] for paths in (written.masks, written.overlays))
-        print_json({"masks": masks, "overlays": overlays})
-    else:
-        click.echo(f"{len(written.masks)} masks in {out}")
-
-
-@student.command()
-@click.argument("weights", type=click.Path(path_type=Path))
-@MANIFEST
-@AS_JSON
-def evaluate(weights: Path, manifest: Path, as_json: bool) -> None:
-    """Measure the student in WEIGHTS on the labelled images of MANIFEST (its test split, if it has splits).
-
-    \b
-    Example:
-      wardround student evaluate student.safetensors data/manifest.csv --json
-    """
-    from client.prediction import evaluate_manifest
-
-    metrics = evaluate_manifest(weights, manifest)
-    if as_json:
-        print_json([asdict(metric) for metric in metrics])
-        return
-    click.echo(f"{'class':<16} {'metric':<6} {'mean':>8}   95 % interval   patients")
-    for metric in metrics:
-        mean = "-" if metric.value is None else f"{metric.value:.3f}"
-        interval = "-" if metric.ci95 is None else f"{metric.ci95[0]:.3f} to {metric.ci95[1]:.3f}"
-        click.echo(
-            f"{metric.class_name:<16} {metric.metric:<6} {mean:>8}   {interval:<16}{metric.patients:>8}"
-        )

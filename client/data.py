@@ -1,38 +1,31 @@
 """From a manifest to patients in memory: read, resize, find the field of view, stretch.
 
 The steps are MONAI dictionary transforms (they compose with MONAI's own); a record has the keys
-``image``, ``mask``, ``valid`` and ``spacing_mm``.
+``image``, ``mask``, ``valid`` and ``spacing_mm``. A volume becomes one image a slice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from monai.transforms import Transform
-from numpy.typing import NDArray
-from scipy import ndimage
-from torch import Tensor
-from torch.nn import functional
 
-from client.images import read_image, read_mask
+from client.images import mask_labels, open_mask, open_stack
 from client.manifest import label_text, size_text
 from client.manifest_rows import Manifest, ManifestRow, read_manifest
 from client.patients import Patient, Sample, Split
+from client.pixels import field_of_view, percentile_stretch, resize
 from client.splits import assign_splits
+from client.stacks import Raster
 from common.errors import DataError
 from common.probability import masks_of
 from common.recipe import ClassConfig, DataConfig
 
 Record = dict[str, Any]
-
-LOW_PERCENTILE, HIGH_PERCENTILE = 0.5, 99.7
-MIN_RANGE = 0.05  # of full scale: a nearly constant channel is not blown up into noise
-SURROUND_LEVEL = 0.1  # of the way from the darkest to a bright pixel: below lies the surround
-BLACK_LEVEL = 0.25  # of a bright pixel: an image whose darkest part is lighter has no surround
-MIN_FIELD = 0.25  # of the image: a smaller field of view is a mistake of the threshold
 
 
 def load_patients(manifest: Path, data: DataConfig, seed: int) -> list[Patient]:
@@ -51,7 +44,7 @@ def load_patients(manifest: Path, data: DataConfig, seed: int) -> list[Patient]:
         samples = []
         for row in rows:
             try:
-                samples.append(_load(row, steps))
+                samples += [_apply(steps, record) for record in _slices(row)]
             except DataError as error:
                 faults.append(f"line {row.line}: {error.message}")
         patients.append(Patient(patient, splits[patient], tuple(samples)))
@@ -61,72 +54,21 @@ def load_patients(manifest: Path, data: DataConfig, seed: int) -> list[Patient]:
 
 
 def load_image(path: Path, data: DataConfig) -> Sample:
-    """One image without a mask, as `load_patients` would read it. Raises `DataError`."""
-    return _load(ManifestRow(line=0, image=path, mask=None, patient=""), _steps(data))
+    """The one slice of an image without a mask, as `load_patients` would read it. Raises `DataError`."""
+    stack = open_stack(path)
+    if stack.count != 1:
+        raise DataError(f"{path} has {stack.count} slices: one is wanted here.")
+    return sample_of(stack.raster(0), path, data)
 
 
-def percentile_stretch(image: Tensor, valid: Tensor) -> Tensor:
-    """Stretch each channel from its 0.5th to its 99.7th percentile over valid pixels; black elsewhere.
-
-    Args:
-        image: (C, H, W) float, 1 being full scale.
-        valid: (H, W) bool with at least one pixel.
-
-    Returns:
-        (C, H, W) float32 in [0, 1]. The range is taken as at least `MIN_RANGE`; equal channels stay equal.
-    """
-    inside = image[:, valid].numpy()
-    low, high = np.percentile(inside, (LOW_PERCENTILE, HIGH_PERCENTILE), axis=1).astype(np.float32)
-    span = torch.from_numpy(np.maximum(high - low, MIN_RANGE))[:, None, None]
-    stretched = (image - torch.from_numpy(low)[:, None, None]) / span
-    return torch.where(valid, stretched.clamp(0.0, 1.0), 0.0).float()
+def sample_of(raster: Raster, path: Path, data: DataConfig) -> Sample:
+    """A decoded slice of ``path`` as the models see it. Raises `DataError` if it has no finite numbers."""
+    row = ManifestRow(line=0, image=path, mask=None, patient="")
+    return _apply(_steps(data), {"row": row, "raster": raster, "labels": None, "spacing_mm": None})
 
 
-def field_of_view(image: Tensor) -> Tensor:
-    """(H, W) bool: where a (C, H, W) photograph with a dark surround shows tissue.
-
-    The brightest channel, as it is and smoothed, is cut at a level between surround and tissue; the
-    largest component, its holes filled, is the field. All True where no dark surround is found.
-    """
-    brightest = image.amax(dim=0).numpy()
-    smooth = ndimage.gaussian_filter(brightest, sigma=max(1.0, 0.005 * max(brightest.shape)))
-    dark, bright = float(smooth.min()), float(np.percentile(smooth, 95))
-    everything = torch.ones(brightest.shape, dtype=torch.bool)
-    if dark > BLACK_LEVEL * bright or dark == bright:
-        return everything
-    level = dark + SURROUND_LEVEL * (bright - dark)
-    # Smooth alone would widen the field by the blur, raw pixels alone would let noise outside join it.
-    parts, _ = ndimage.label((smooth > level) & (brightest > level))
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0  # the surround
-    field = ndimage.binary_fill_holes(parts == sizes.argmax())
-    return torch.from_numpy(field) if field.mean() >= MIN_FIELD else everything
-
-
-def area_weights(stored: int, wanted: int) -> Tensor:
-    """(wanted, stored) float32: the share of each stored pixel in each wanted one; rows sum to 1."""
-    edges = np.arange(wanted + 1) * (stored / wanted)
-    starts = np.arange(stored)
-    upper = np.minimum(edges[1:, None], starts[None] + 1.0)
-    lower = np.maximum(edges[:-1, None], starts[None])
-    weights: NDArray[np.float64] = np.clip(upper - lower, 0.0, None) * (wanted / stored)
-    return torch.from_numpy(weights.astype(np.float32))
-
-
-def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """(C, H, W) float -> (C, height, width): the area's mean downwards, bilinear upwards."""
-    if image.shape[1] < height or image.shape[2] < width:
-        grown = functional.interpolate(
-            image[None], size=(height, width), mode="bilinear", align_corners=False
-        )
-        return grown[0]
-    rows = area_weights(image.shape[1], height)
-    columns = area_weights(image.shape[2], width)
-    return rows @ image @ columns.T
-
-
-class DecodeFilesd(Transform):  # type: ignore[misc]
-    """``row`` -> ``image`` (1 or 3, H, W) float32 with full scale 1, ``mask`` (C, H, W) uint8 or None.
+class ChannelsAndClassesd(Transform):  # type: ignore[misc]
+    """``raster`` -> ``image`` (1 or 3, H, W) float32 with full scale 1, ``labels`` -> ``mask`` (C, H, W).
 
     A picture whose channels are equal becomes one channel: what is grey then stays exactly grey.
     """
@@ -136,7 +78,7 @@ class DecodeFilesd(Transform):  # type: ignore[misc]
 
     def __call__(self, data: Record) -> Record:
         row: ManifestRow = data["row"]
-        raster = read_image(row.image)
+        raster: Raster = data["raster"]
         if not np.all(np.isfinite(raster.pixels)):
             raise DataError(
                 f"{row.image.name} holds NaN or infinite values: replace them or leave the row out."
@@ -147,7 +89,7 @@ class DecodeFilesd(Transform):  # type: ignore[misc]
         )
         mask = None
         if row.mask is not None:
-            labels = read_mask(row.mask)
+            labels = data["labels"]
             if not np.all(np.isfinite(labels)):
                 raise DataError(f"{row.mask.name} holds NaN or infinite values: correct the mask.")
             if text := size_text(row, raster.pixels, labels) or label_text(row.mask, labels, self.classes):
@@ -155,7 +97,7 @@ class DecodeFilesd(Transform):  # type: ignore[misc]
             mask = torch.from_numpy(np.stack([np.isin(labels, item.values) for item in self.classes])).to(
                 torch.uint8
             )
-        return {**data, "image": image, "mask": mask, "spacing_mm": row.spacing_mm}
+        return {**data, "image": image, "mask": mask}
 
 
 class LongestSided(Transform):  # type: ignore[misc]
@@ -204,15 +146,29 @@ class StretchPercentilesd(Transform):  # type: ignore[misc]
 
 def _steps(data: DataConfig) -> list[Transform]:
     resizing = [LongestSided(data.longest_side, data.exclusive)] if data.longest_side else []
-    return [DecodeFilesd(data.classes), *resizing, ValidPixelsd(data.field_of_view), StretchPercentilesd()]
+    find_field, classes = ValidPixelsd(data.field_of_view), ChannelsAndClassesd(data.classes)
+    return [classes, *resizing, find_field, StretchPercentilesd()]
 
 
-def _load(row: ManifestRow, steps: list[Transform]) -> Sample:
-    record: Record = {"row": row}
+def _slices(row: ManifestRow) -> Iterator[Record]:
+    """A record a slice; a spacing that the manifest does not give is the file's own, where it has one."""
+    image = open_stack(row.image)
+    mask = None if row.mask is None else open_mask(row.mask, image)
+    for index in range(image.count):
+        yield {
+            "row": row,
+            "raster": image.raster(index),
+            "labels": None if row.mask is None or mask is None else mask_labels(row.mask, mask, index),
+            "spacing_mm": row.spacing_mm or image.spacing_mm,
+        }
+
+
+def _apply(steps: list[Transform], record: Record) -> Sample:
     # Not MONAI's Compose: it wraps errors in RuntimeError and logs statistics of the failing image.
     for step in steps:
         record = step(record)
-    return Sample(record["image"], record["mask"], record["valid"], record["spacing_mm"], row.group)
+    group = record["row"].group
+    return Sample(record["image"], record["mask"], record["valid"], record["spacing_mm"], group)
 
 
 def _splits(manifest: Manifest, seed: int) -> dict[str, Split]:

@@ -1,12 +1,15 @@
 """Distil the teacher into a student, on real crops and synthetic images, from outputs cached once.
 
 After the task-specific distillation of Vemulapalli et al. 2024 and its use with a LoRA-tuned SAM (arXiv
-2503.06976): labels, softened outputs, and encoder and decoder features.
+2503.06976): labels, softened outputs, and encoder and decoder features. Beside these a boundary term, and
+weights for pixels. A term whose weight is 0 is not computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -15,14 +18,24 @@ from torch.nn import functional as F
 
 from client.deadline import Deadline
 from client.fitting import Schedule, fit
-from client.losses import feature_loss, segmentation_loss, soft_dice_loss, softened_logit_loss
+from client.losses import (
+    boundary_loss,
+    certainty_weights,
+    feature_loss,
+    segmentation_loss,
+    signed_distances,
+    soft_dice_loss,
+    softened_logit_loss,
+)
 from client.patients import Patient
 from client.sampling import PatchSampler
-from client.students import Student
+from client.students import Student, StudentOutput
 from client.transfer.sets import TransferSet
 from common.plan import RunPlan
 from common.probability import probabilities
-from common.recipe import SyntheticLabels
+from common.recipe import StudentConfig, SyntheticLabels
+
+View = Callable[[Tensor], Tensor]
 
 
 class _Alignment(nn.Module):
@@ -32,13 +45,6 @@ class _Alignment(nn.Module):
         super().__init__()
         self.deep = nn.Conv2d(student.deep_channels, tokens.shape[1], 1)
         self.late = nn.Conv2d(student.late_channels, features.shape[1], 1)
-
-
-def _alignment(student: Student, transfer: TransferSet | None) -> _Alignment | None:
-    """For the channels that the teacher of ``transfer`` has; None where no teacher said anything."""
-    if transfer is None or transfer.tokens is None or transfer.features is None:
-        return None
-    return _Alignment(student, transfer.tokens, transfer.features)
 
 
 def distil(
@@ -52,32 +58,136 @@ def distil(
     """Train ``student`` in place for ``plan.student.steps`` steps; the loss of each step.
 
     Each step takes ``batch_size`` labelled crops, the same ones for every variant, and beside them
-    ``transfer_batch_size`` of the transfer set. Guarantee: no teacher is called here; its outputs come from
-    ``transfer``.
+    ``transfer_batch_size`` of the transfer set. In the first ``warmup_share`` of the steps the transfer set
+    stands alone, in the last ``finetune_share`` the labels do, as in the two stages of Vemulapalli et al.
+    2024. Guarantee: no teacher is called here; its outputs come from ``transfer``.
     """
     settings = plan.student
     sampler = PatchSampler(patients, plan.data.image_size, seed, labelled=True)
     rng = np.random.default_rng(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**63)
-        aligned = _alignment(student, transfer)
+    lesson = None if transfer is None else _Lesson.prepare(student, transfer, plan, seed)
+    stages = _Stages.of(settings, lesson is not None)
+    numbers = count()
 
     def loss_at() -> Tensor:
-        batch = sampler.batch(settings.batch_size)
-        loss = settings.supervised_weight * segmentation_loss(
-            student(batch.images), batch.masks, plan.data.exclusive
-        )
-        if transfer is not None:
-            chosen = _draw(transfer, settings.transfer_batch_size, settings.synthetic_share, rng)
-            loss = loss + _transfer_loss(student, aligned, transfer, chosen, plan, rng)
-        return loss
+        step, terms = next(numbers), []
+        if stages.labels(step):
+            batch = sampler.batch(settings.batch_size)
+            loss = segmentation_loss(student(batch.images), batch.masks, plan.data.exclusive)
+            terms.append(settings.supervised_weight * loss)
+        if lesson is not None and stages.transfer(step):
+            terms.append(lesson.loss(rng))
+        return sum(terms[1:], terms[0])
 
     student.train()
     schedule = Schedule(settings.learning_rate, settings.steps, warm_up=10)
-    parameters = [*student.parameters(), *([] if aligned is None else aligned.parameters())]
+    parameters = [*student.parameters(), *([] if lesson is None else lesson.parameters())]
     losses = fit(parameters, schedule, loss_at, deadline, "distilling the student")
     student.eval()
     return losses
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """Steps before ``first`` do not learn from labels, steps from ``last`` on from nothing else."""
+
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, settings: StudentConfig, transfer: bool) -> _Stages:
+        """Without a transfer set the labels stand alone in every step."""
+        warm_up = round(settings.steps * settings.warmup_share) if transfer else 0
+        return cls(warm_up, max(warm_up, settings.steps - round(settings.steps * settings.finetune_share)))
+
+    def labels(self, step: int) -> bool:
+        return step >= self.first
+
+    def transfer(self, step: int) -> bool:
+        return step < self.last
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """What one student learns from a transfer set.
+
+    Attributes:
+        aligned: to the features of the teacher; None where they are not learned.
+        distances: `signed_distances` of what the student should draw; None where there is no boundary term.
+    """
+
+    student: Student
+    transfer: TransferSet
+    plan: RunPlan
+    aligned: _Alignment | None
+    distances: Tensor | None
+
+    @classmethod
+    def prepare(cls, student: Student, transfer: TransferSet, plan: RunPlan, seed: int) -> _Lesson | None:
+        """None where the settings leave nothing to learn from ``transfer``."""
+        settings, aligned, distances = plan.student, None, None
+        if settings.feature_weight and transfer.tokens is not None and transfer.features is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed % 2**63)
+                aligned = _Alignment(student, transfer.tokens, transfer.features)
+        if settings.boundary_weight and (transfer.logits is not None or transfer.tokens is None):
+            distances = signed_distances(_targets(transfer, plan) >= 0.5)
+        taught = settings.logit_weight if transfer.logits is not None else transfer.tokens is None
+        if not taught and aligned is None and distances is None:
+            return None
+        return cls(student, transfer, plan, aligned, distances)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [] if self.aligned is None else list(self.aligned.parameters())
+
+    def loss(self, rng: np.random.Generator) -> Tensor:
+        """Of the next ``transfer_batch_size`` images, mirrored, turned and with another gamma."""
+        settings, exclusive = self.plan.student, self.plan.data.exclusive
+        chosen = _draw(self.transfer, settings.transfer_batch_size, settings.synthetic_share, rng)
+        view = _symmetry(rng)
+        part = self.transfer.select(chosen)
+        image = view(part.images)
+        gamma = torch.from_numpy(np.exp(rng.normal(0, 0.15, (len(image), 1, 1, 1)))).float()
+        output = self.student.outputs(image**gamma)
+        terms = []
+        if part.logits is not None:
+            if settings.logit_weight:
+                terms.append(settings.logit_weight * self._output_loss(output.logits, part, view))
+        elif part.tokens is None:  # no teacher: the masks that the images were painted from
+            loss = segmentation_loss(output.logits, view(part.masks), exclusive)
+            terms.append(settings.supervised_weight * loss)
+        if self.aligned is not None:
+            terms.append(settings.feature_weight * self._feature_loss(output, part, view, rng))
+        if self.distances is not None:
+            found = probabilities(output.logits, exclusive)
+            terms.append(settings.boundary_weight * boundary_loss(found, view(self.distances[chosen])))
+        return sum(terms[1:], terms[0])
+
+    def _output_loss(self, logits: Tensor, part: TransferSet, view: View) -> Tensor:
+        """Softened outputs pixel by pixel, and their overlap."""
+        assert part.logits is not None
+        settings, exclusive = self.plan.student, self.plan.data.exclusive
+        teacher, weight = view(part.logits), None
+        if settings.entropy_weight:
+            weight = certainty_weights(probabilities(teacher, exclusive), exclusive, settings.entropy_weight)
+        softened = softened_logit_loss(logits, teacher, settings.temperature, exclusive, weight)
+        return softened + soft_dice_loss(probabilities(logits, exclusive), view(_targets(part, self.plan)))
+
+    def _feature_loss(
+        self, output: StudentOutput, part: TransferSet, view: View, rng: np.random.Generator
+    ) -> Tensor:
+        """The encoder's and the decoder's; these on every ``feature_stride``-th position of a moving grid."""
+        assert self.aligned is not None
+        assert part.tokens is not None
+        assert part.features is not None
+        deep, tokens = self.aligned.deep(output.deep), view(part.tokens)
+        if tokens.shape[-2:] != deep.shape[-2:]:
+            tokens = F.interpolate(tokens, deep.shape[-2:], mode="bilinear", align_corners=False)
+        late, features, stride = output.late, view(part.features), self.plan.student.feature_stride
+        if stride > 1:
+            row, column = rng.integers(stride, size=2)
+            late, features = (found[..., row::stride, column::stride] for found in (late, features))
+        return feature_loss(deep, tokens) + feature_loss(self.aligned.late(late), features)
 
 
 def _draw(transfer: TransferSet, count: int, share: float, rng: np.random.Generator) -> Tensor:
@@ -91,47 +201,33 @@ def _draw(transfer: TransferSet, count: int, share: float, rng: np.random.Genera
     return torch.from_numpy(np.concatenate(parts))
 
 
-def _transfer_loss(
-    student: Student,
-    aligned: _Alignment | None,
-    transfer: TransferSet,
-    chosen: Tensor,
-    plan: RunPlan,
-    rng: np.random.Generator,
-) -> Tensor:
-    settings, exclusive = plan.student, plan.data.exclusive
+def _symmetry(rng: np.random.Generator) -> View:
+    """One of the square's symmetries, the same for an image and for all that is kept of it; as float32."""
     flips = [axis for axis in (2, 3) if rng.random() < 0.5]
     turn = bool(rng.random() < 0.5)
 
-    def view(stored: Tensor) -> Tensor:  # the same symmetry for an image and for all that is cached of it
-        part = stored[chosen].float()
+    def view(stored: Tensor) -> Tensor:
+        part = stored.float()
         return (part.transpose(2, 3) if turn else part).flip(flips)
 
-    image = view(transfer.images)
-    gamma = torch.from_numpy(np.exp(rng.normal(0, 0.15, (len(image), 1, 1, 1)))).float()
-    output = student.outputs(image**gamma)
-    masks = view(transfer.masks)
-    if transfer.logits is None or transfer.tokens is None or transfer.features is None:
-        return settings.supervised_weight * segmentation_loss(output.logits, masks, exclusive)
-    logits = view(transfer.logits)
-    targets = _targets(logits, masks, transfer.synthetic[chosen], plan)
-    loss = settings.logit_weight * (
-        softened_logit_loss(output.logits, logits, settings.temperature, exclusive)
-        + soft_dice_loss(probabilities(output.logits, exclusive), targets)
-    )
-    if settings.feature_weight and aligned is not None:
-        deep, late = aligned.deep(output.deep), aligned.late(output.late)
-        tokens = F.interpolate(view(transfer.tokens), deep.shape[-2:], mode="bilinear", align_corners=False)
-        both = feature_loss(deep, tokens) + feature_loss(late, view(transfer.features))
-        loss = loss + settings.feature_weight * both
-    return loss
+    return view
 
 
-def _targets(logits: Tensor, masks: Tensor, synthetic: Tensor, plan: RunPlan) -> Tensor:
-    """The teacher's probabilities, or on synthetic images the conditioning mask, or their mean."""
-    soft = probabilities(logits, plan.data.exclusive)
-    kind = plan.student.synthetic_labels
-    if kind == SyntheticLabels.soft:
-        return soft
-    hard = masks if kind == SyntheticLabels.mask else (masks + soft) / 2
-    return torch.where(synthetic.view(-1, 1, 1, 1), hard, soft)
+def _targets(part: TransferSet, plan: RunPlan) -> Tensor:
+    """The teacher's probabilities, or the masks, or their mean, as the recipe says of each kind of image.
+
+    Of synthetic images the conditioning mask, of labelled crops the label; an image without one, and every
+    image without a teacher, has no choice.
+    """
+    if part.logits is None:
+        return part.masks
+    soft = probabilities(part.logits.float(), plan.data.exclusive)
+    labelled = ~part.masks.isnan().flatten(1).any(1) & ~part.synthetic
+    for rows, kind in (
+        (part.synthetic, plan.student.synthetic_labels),
+        (labelled, plan.student.real_labels),
+    ):
+        if kind != SyntheticLabels.soft:
+            hard = part.masks if kind == SyntheticLabels.mask else (part.masks + soft) / 2
+            soft = torch.where(rows.view(-1, 1, 1, 1), hard, soft)
+    return soft

@@ -21,15 +21,19 @@ from client.account import MECHANISM, Account, MetricCharge, Reservation
 from client.dp.trained import refuse_uncovered
 from client.limits import outbound_faults
 from client.patients import Patient
+from client.site import Site
 from common.adapter import AdapterUpdate
 from common.canonical import canonical_json, sha256_of
+from common.durable import write_atomic
 from common.errors import ArtefactError
 from common.plan import PayloadSpec, RunPlan, Stage, Variant, rebuild
 from common.precision import carried
-from common.privacy.entries import Payload
+from common.privacy.entries import Context, Payload
 from common.privacy.heads import HEAD, SignedHead, without_empty_head
+from common.privacy.ledger import Ledger
 from common.privacy.published import LAPLACE
-from common.privacy.receipts import NO_MECHANISM, PUBLIC
+from common.privacy.receipts import NO_MECHANISM, PUBLIC, SYNTHETIC
+from common.shared_student import SHARED_STUDENT
 from common.tuning.presets import GENERATOR
 
 RECEIPTS = "receipts.jsonl"
@@ -201,6 +205,8 @@ class Egress:
         """Preset and rank of what the site trains in ``stage``."""
         if stage is Stage.adapt:
             return self.variant.preset, self.variant.rank
+        if stage is Stage.shared_student:
+            return SHARED_STUDENT, 0
         return GENERATOR, self.plan.generator.rank
 
     def _spec(self, stage: Stage, round_index: int) -> PayloadSpec:
@@ -231,17 +237,59 @@ class Egress:
         self._write(Receipt(self.site, stage, round_index, name, size, digest, mechanism, epsilon))
 
     def _write(self, receipt: Receipt) -> None:
-        try:
-            self.receipts.parent.mkdir(parents=True, exist_ok=True)
-            with self.receipts.open("a", encoding="utf-8") as file:
-                file.write(canonical_json(asdict(receipt)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise ArtefactError(
-                f"no receipt can be written to {self.receipts} ({error.strerror}), so nothing leaves: "
-                "free some space or mend the folder's permissions, then run again with --resume"
-            ) from error
+        _write_receipt(self.receipts, receipt)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Files that people take out of a site, where no plan's message does: ``files`` is name -> bytes.
+
+    Attributes:
+        patients: ids of those whom they may tell of.
+    """
+
+    name: str
+    files: Mapping[str, bytes]
+    patients: Sequence[str]
+
+    @property
+    def sha256(self) -> str:
+        return sha256_of({name: sha256_of(data) for name, data in self.files.items()})
+
+
+def release_parcel(site: Site, ledger: Ledger, context: Context, parcel: Parcel, to: Path) -> Receipt:
+    """Write ``parcel`` into the new folder ``to``: on a receipt and booked as without noise before that.
+
+    Whether it may leave is asked before (`client.curation.release`).
+
+    Raises:
+        ArtefactError: ``to`` exists or lies in the site's folder, or no receipt can be written.
+        DiskFault: ``to`` cannot be written; it stays booked.
+    """
+    if to.exists() or to.resolve().is_relative_to(site.folder.resolve()):
+        raise ArtefactError(f"{to} exists or is the site's own: name a new folder outside {site.folder}")
+    size = sum(len(data) for data in parcel.files.values())
+    receipt = Receipt(site.name, SYNTHETIC, 0, parcel.name, size, parcel.sha256, NO_MECHANISM)
+    _write_receipt(site.folder / RECEIPTS, receipt)
+    payload = Payload(parcel.name, parcel.sha256, size)
+    ledger.declare_unprotected(context, SYNTHETIC, parcel.patients, [payload])
+    for name, data in sorted(parcel.files.items()):
+        write_atomic(to / name, data)
+    return receipt
+
+
+def _write_receipt(path: Path, receipt: Receipt) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(canonical_json(asdict(receipt)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ArtefactError(
+            f"no receipt can be written to {path} ({error.strerror}), so nothing leaves: "
+            "free some space or mend the folder's permissions, then run again with --resume"
+        ) from error
 
 
 def _privacy_faults(update: AdapterUpdate, noised: Noised | None) -> list[str]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
-from monai.inferers import sliding_window_inference
 from torch import Tensor
 
 from client.patients import Patient, Sample
+from client.pixels import tiled_probabilities
 from common.guard_api import Metric
 from common.metrics import (
     METRICS,
@@ -24,18 +23,16 @@ from common.metrics import (
     case_metrics,
     patient_value,
 )
-from common.probability import masks_of, probabilities
+from common.probability import masks_of
 from common.recipe import DataConfig, EvaluationConfig, PolicyConfig
 from common.seeding import derive_seed
 
 THRESHOLD = 0.5  # a pixel of at least this probability belongs to the class; see `masks_of`
-TILES_AT_ONCE = 8
 
 Forward = Callable[[Tensor], Tensor]
 PatientValues = Mapping[str, Mapping[str, FloatArray]]
 
 
-@torch.inference_mode()
 def predict(forward: Forward, image: Tensor, data: DataConfig, overlap: float) -> Tensor:
     """Probabilities of a whole image, from overlapping tiles blended with Gaussian weights.
 
@@ -48,33 +45,7 @@ def predict(forward: Forward, image: Tensor, data: DataConfig, overlap: float) -
     Returns:
         (C, H, W) float32 in [0, 1].
     """
-    size = data.image_size
-    height, width = image.shape[1:]
-    rows, top = _reflected(height, size)
-    columns, left = _reflected(width, size)
-    padded = image[:, rows][:, :, columns]
-    blended = sliding_window_inference(
-        padded[None],
-        roi_size=(size, size),
-        sw_batch_size=TILES_AT_ONCE,
-        # Probabilities are blended, not logits: one over-confident tile cannot outvote its neighbours.
-        predictor=lambda tiles: probabilities(forward(tiles).float(), data.exclusive),
-        overlap=overlap,
-        mode="gaussian",
-    )
-    assert isinstance(blended, Tensor)
-    return blended[0, :, top : top + height, left : left + width].clamp(0.0, 1.0)
-
-
-def _reflected(length: int, wanted: int) -> tuple[Tensor, int]:
-    """Indices that reflect ``length`` pixels to at least ``wanted``, and where the first pixel lies.
-
-    numpy reflects again where one reflection is too short, which torch's padding refuses to do.
-    """
-    missing = max(0, wanted - length)
-    before = missing // 2
-    indices = np.pad(np.arange(length), (before, missing - before), mode="reflect")
-    return torch.from_numpy(indices), before
+    return tiled_probabilities(forward, image, data.image_size, data.exclusive, overlap)
 
 
 def foreground(forward: Forward, sample: Sample, data: DataConfig, overlap: float) -> Tensor:

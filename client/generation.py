@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,34 +13,46 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.adaptation import Adaptation, Visit
+from client.conditioning import conditioning_masks
 from client.deadline import Deadline
 from client.fitting import Schedule, ends, fit
+from client.painters.base import SyntheticSet
+from client.painters.colours import greyed
 from client.patients import Patient
 from client.sampling import PatchSampler
-from client.shapes import PRIORS
 from client.style import sample_styles, style_vector
+from client.texture import impose_texture
 from common.adapter import Adapter
 from common.errors import DataError
-from common.generator import SCHEDULE, ResidentGenerator, StyleDiffusion, diffusion_loss, inverse_haar
+from common.generator import (
+    SCHEDULE,
+    ResidentGenerator,
+    StyleDiffusion,
+    diffusion_loss,
+    inverse_haar,
+    with_code,
+)
 from common.plan import RunPlan
-from common.recipe import ClassConfig
-from common.style import StyleSummary
+from common.style import STYLE_FIELDS, TEXTURE, TEXTURE_PARTS, StyleSummary
 
 BATCH = 16  # images sampled together
-BANK = 6  # procedural masks drawn for each one used, so that the nearest in shape can be chosen
+
+Solver = Callable[[], Any]  # makes a scheduler of diffusers, its steps set; anew for each batch
 
 denoiser_calls = 0  # network evaluations times images since the process began: tests assert the bound
 
 
 @dataclass(frozen=True)
-class SyntheticSet:
-    """``images`` (N, 3, S, S) in [0, 1] and their conditioning ``masks`` (N, C, S, S) in {0, 1}."""
+class Sampling:
+    """How images are sampled, beside what the plan says.
 
-    images: Tensor
-    masks: Tensor
+    Attributes:
+        solver: in place of the plan's; measurements alone have one.
+        sites: whose each summary is, for a generator that tells sites apart.
+    """
 
-    def __len__(self) -> int:
-        return len(self.images)
+    solver: Solver | None = None
+    sites: tuple[str, ...] = ()
 
 
 def synthesise(
@@ -48,61 +61,70 @@ def synthesise(
     summaries: Sequence[StyleSummary],
     plan: RunPlan,
     seed: int,
+    how: Sampling | None = None,
 ) -> SyntheticSet:
     """``plan.generator.images`` images in the styles of ``summaries``, classes in turn.
 
     Guarantees: the masks come from the procedural prior (`client.shapes`), never from a patient; at most
-    ``plan.generator.sampler_steps`` denoiser calls an image (DPM-Solver++, Lu et al. 2022).
+    ``plan.generator.sampler_steps`` denoiser calls an image (DPM-Solver++, Lu et al. 2022). Where the styles
+    hold texture, which the network was not trained to paint, it is imposed on what was sampled.
+
+    Args:
+        how: what differs from a sampling by the plan alone.
     """
-    count, size, classes = plan.generator.images, plan.data.image_size, plan.data.classes
+    how = how or Sampling()
+    count = plan.generator.images
     rng = np.random.default_rng(seed)
     styles = sample_styles(summaries, count, rng)
-    planes = torch.zeros(count, len(classes), size, size)
-    for index, item in enumerate(classes):
-        mine = np.arange(index, count, len(classes))
-        painted = torch.from_numpy(masks_for(styles[mine], item, size, rng)).float()
-        # What is a part of another class (its label values are among the other's) is that class as well.
-        holders = [place for place, other in enumerate(classes) if set(item.values) <= set(other.values)]
-        planes[mine[:, None], holders] = painted[:, None]
+    planes = conditioning_masks(styles, plan.data, rng)
     noise = torch.Generator().manual_seed(seed % 2**63)
     images = []
     with generator.visit(adapter) as network, torch.inference_mode():
         for start in range(0, count, BATCH):
             part = slice(start, start + BATCH)
-            style = torch.from_numpy(styles[part]).float()
-            images.append(_sample(network, planes[part].amax(1, keepdim=True), style, plan, noise))
-    return SyntheticSet(torch.cat(images), planes)
+            style = torch.from_numpy(styles[part, : len(STYLE_FIELDS)]).float()
+            if how.sites:
+                style = with_code(style, [how.sites[place % len(how.sites)] for place in range(count)[part]])
+            mask = planes[part].amax(1, keepdim=True)
+            images.append(_sample(network, mask, style, how.solver or plans_solver(plan), noise))
+    sampled = torch.cat(images)
+    if styles.shape[1] >= TEXTURE.stop:
+        sampled = _textured(sampled, planes, styles, rng)
+    return SyntheticSet(sampled, planes)
 
 
-def masks_for(
-    styles: NDArray[np.float64], item: ClassConfig, size: int, rng: np.random.Generator
-) -> NDArray[np.bool_]:
-    """For each style vector the procedural mask, of several drawn, nearest in its two shape numbers."""
-    bank = [PRIORS[item.like](rng, size) for _ in range(min(BANK * len(styles), 600))]
-    valid = torch.ones(size, size, dtype=torch.bool)
-    blank = torch.zeros(3, size, size)
-    shapes = [style_vector(blank, torch.from_numpy(mask), valid) for mask in bank]
-    usable = [(mask, shape[12:]) for mask, shape in zip(bank, shapes, strict=True) if shape is not None]
-    table = np.array([shape for _, shape in usable])
-    chosen = []
-    free = np.ones(len(usable), bool)
-    for style in styles:
-        distance = np.square(table - style[12:]).sum(1) + np.where(free, 0.0, 1.0)
-        best = int(distance.argmin())
-        free[best] = False
-        chosen.append(usable[best][0])
-    return np.array(chosen)
+def _textured(
+    images: Tensor, planes: Tensor, styles: NDArray[np.float64], rng: np.random.Generator
+) -> Tensor:
+    """``images`` with the grain and shading of their ``styles`` in foreground and background."""
+    made = []
+    for image, mask, style in zip(images.numpy(), planes.amax(1).numpy() > 0, styles, strict=True):
+        numbers = style[TEXTURE].reshape(2, len(TEXTURE_PARTS))
+        for region, wanted in zip((mask, ~mask), numbers, strict=True):
+            image = impose_texture(image, region, wanted, rng)
+        made.append(greyed(image.clip(0, 1), style))
+    return torch.from_numpy(np.stack(made))
+
+
+def plans_solver(plan: RunPlan) -> Solver:
+    """DPM-Solver++ of the second order with ``plan.generator.sampler_steps`` calls."""
+
+    def make() -> Any:
+        scheduler = DPMSolverMultistepScheduler(
+            prediction_type="sample", algorithm_type="dpmsolver++", **SCHEDULE
+        )
+        scheduler.set_timesteps(plan.generator.sampler_steps)
+        return scheduler
+
+    return make
 
 
 def _sample(
-    network: StyleDiffusion, mask: Tensor, style: Tensor, plan: RunPlan, noise: torch.Generator
+    network: StyleDiffusion, mask: Tensor, style: Tensor, solver: Solver, noise: torch.Generator
 ) -> Tensor:
     global denoiser_calls
-    scheduler = DPMSolverMultistepScheduler(
-        prediction_type="sample", algorithm_type="dpmsolver++", **SCHEDULE
-    )
-    scheduler.set_timesteps(plan.generator.sampler_steps)
-    half = plan.data.image_size // 2
+    scheduler = solver()
+    half = mask.shape[-1] // 2
     state = torch.randn((len(mask), 12, half, half), generator=noise)
     for time in scheduler.timesteps:
         with torch.autocast("cpu", torch.bfloat16):  # 0.6 of the time; the solver's state stays float32
@@ -136,7 +158,10 @@ def fine_tune(
     with generator.visit(adapter, train=True, halves=visit.halves) as network:
 
         def loss_at() -> Tensor:
-            return diffusion_loss(network, *_styled_batch(sampler, settings.batch_size), noise)
+            image, mask, style = _styled_batch(sampler, settings.batch_size)
+            if settings.site_token and visit.site:
+                style = with_code(style, [visit.site] * len(style))
+            return diffusion_loss(network, image, mask, style, noise)
 
         trained = list(generator.slots.trainable(visit.halves).values())
         losses = fit(trained, schedule, loss_at, deadline, "training the generator")

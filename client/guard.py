@@ -25,6 +25,7 @@ from client.patients import Patient, Split, of_split
 from client.pinned_factors import check_named, check_sent
 from client.publishing import keep, kept_metrics, lost_metrics
 from client.site import Site
+from client.students import start_of
 from client.style import summarise_style
 from client.witnesses import witness
 from client.workshop import Workshop
@@ -105,6 +106,7 @@ class Guard:
             plan.generator.style_groups,
             self.site.policy.min_group_patients,
             seed,
+            plan.generator.style_detail,
         )
         egress = self._egress(plan, account)
         egress.release_numbers(order.stage, order.index, "style", asdict(summary), of=train)
@@ -117,13 +119,27 @@ class Guard:
         update = self._update(plan, adapter, adaptation, len(train))
         return self._egress(plan, account).release_update(order.stage, order.index, update)
 
+    def train_shared_student(self, order: Round, student: Adapter) -> AdapterUpdate:
+        plan, account = self._heed(order, student)
+        if Stage.shared_student not in plan.stages:
+            raise PolicyRefusal("the plan trains no student together", field="plan")
+        train = self._labelled(plan)
+        adaptation = rounds.train_shared_student(self.site, plan, unpack(student), train, order)
+        update = self._update(plan, student, adaptation, len(train))
+        return self._egress(plan, account).release_update(order.stage, order.index, update)
+
     def train_student(
-        self, order: Round, adapter: Adapter, styles: dict[str, StyleSummary], generator: Adapter | None
+        self,
+        order: Round,
+        adapter: Adapter,
+        styles: dict[str, StyleSummary],
+        generator: Adapter | None,
+        student: Adapter | None = None,
     ) -> StudentNote:
-        plan, account = self._heed(order, adapter, *([] if generator is None else [generator]))
+        plan, account = self._heed(order, *(one for one in (adapter, generator, student) if one is not None))
         train, deadline = of_split(self._patients(plan), Split.train), Deadline(order.deadline_s)
-        shared = None if generator is None else unpack(generator)
-        note = Workshop(self.site, plan, unpack(adapter), styles, shared, train, deadline).run()
+        painted, common = (None if one is None else unpack(one) for one in (generator, student))
+        note = Workshop(self.site, plan, unpack(adapter), styles, painted, train, deadline, common).run()
         if plan.privacy.covered:  # the rest of the note is of the architecture, or counts no image
             note, train = replace(note, sha256=""), []
         egress = self._egress(plan, account)
@@ -170,6 +186,8 @@ class Guard:
             raise PolicyRefusal("this site shares no style summary", field="allow_style")
         if Stage.generator in plan.stages and not policy.allow_generator:
             raise PolicyRefusal("this site trains no generator for others", field="allow_generator")
+        if Stage.shared_student in plan.stages:
+            self._check_shared_student(plan)
         payloads = [*plan.payloads, *self.site.variant(plan).payloads]
         largest = max(payload.max_bytes for payload in payloads)
         if largest > policy.max_payload_mb * 2**20:
@@ -177,6 +195,14 @@ class Guard:
         for name, digest in plan.models.items():
             if checkpoints.base_sha256(name) != digest:
                 raise ArtefactError(f"the plan's {name} is not this site's: install the same release")
+        start_of(self.site.student or plan.student.name, plan.student.start)  # else the last stage would fail
+
+    def _check_shared_student(self, plan: RunPlan) -> None:
+        if not self.site.policy.allow_student:
+            raise PolicyRefusal("no student's weights leave this site", field="allow_student")
+        if self.site.student not in (None, plan.student.name):
+            what = f"this site's student is {self.site.student}, the one to be averaged {plan.student.name}"
+            raise PolicyRefusal(what, field="student")
 
     def _check_factors(self, plan: RunPlan, account: Account, sent: Adapter) -> None:
         """Raises ``PolicyRefusal`` for another A than the plan's, and books it."""

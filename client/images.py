@@ -1,54 +1,102 @@
 """One image file -> its stored numbers.
 
-`READERS` is the whole list of formats: a suffix and the MONAI reader that opens it. A new format is a
-new line there; everything after `read_image` and `read_mask` sees arrays only.
+`READERS` lists the formats of pictures: a suffix and the MONAI reader that opens it. `client.nifti` and
+`client.dicom` read scans, which may have several slices. `open_stack` opens any of them; everything after
+it, `read_image` and `read_mask` sees arrays only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from monai.data.image_reader import ImageReader, PILReader
-from monai.transforms import LoadImage
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from client import dicom, nifti
+from client.pixels import full_scale_of
+from client.stacks import Array, Raster, Stack
 from common.errors import DataError
 
+__all__ = [
+    "READERS",
+    "Array",
+    "Raster",
+    "full_scale_of",
+    "open_mask",
+    "open_stack",
+    "read_image",
+    "read_mask",
+]
+
 Role = Literal["image", "mask"]
-Array = NDArray[Any]
-
-BIT_DEPTHS = (8, 10, 12, 14, 16)
 
 
-@dataclass(frozen=True)
-class Raster:
-    """A decoded image.
+class Picture(Stack):
+    """A PNG, JPEG or TIFF: a stack of one."""
 
-    Attributes:
-        pixels: (C, H, W) float32, the stored numbers; C is 1 (grey) or 3 (colour).
-        full_scale: the number that stands for white; see `full_scale_of`.
+    def __init__(self, path: Path, role: Role = "image") -> None:
+        decoded = _load(path, role)
+        if role == "image" and decoded.shape[0] not in (1, 3):
+            raise DataError(f"{path} has {decoded.shape[0]} channels: save it as grey or RGB.")
+        self.size = decoded.shape[1:]
+        self.white = full_scale_of(decoded)
+        self.pixels = decoded.astype(np.float32)
+
+    def stored(self, index: int) -> NDArray[np.float32]:
+        return self.pixels
+
+    def _white(self) -> float:
+        return self.white
+
+
+def is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith(nifti.SUFFIXES)
+
+
+def open_stack(path: Path, axis: int | None = None) -> Stack:
+    """Open a picture, a NIfTI file, a DICOM file or the folder of one DICOM series.
+
+    ``axis``: of a NIfTI volume, along which it is cut; None: along its thickest voxels. Pictures lose an
+    alpha channel and are turned upright by EXIF; colour with more than 8 bits a channel is reduced to 8 by
+    Pillow, grey keeps all its bits.
+    Raises `DataError` for an unknown suffix, a missing or broken file, or a file of several pages.
     """
+    if is_nifti(path):
+        _must_exist(path)
+        return nifti.NiftiStack(path, axis)
+    if path.is_dir():
+        return dicom.DicomStack(_only_series(path))
+    if path.suffix.lower() not in READERS and dicom.is_dicom(path):
+        _must_exist(path)
+        return dicom.DicomStack([path])
+    return Picture(path)
 
-    pixels: NDArray[np.float32]
-    full_scale: float
+
+def open_mask(path: Path, image: Stack) -> Stack:
+    """The mask of ``image`` as a stack with the same slices. Raises `DataError` if it has not."""
+    if is_nifti(path):
+        _must_exist(path)
+        mask: Stack = nifti.NiftiStack(path).shown_as(image)
+    elif path.is_dir() or (path.suffix.lower() not in READERS and dicom.is_dicom(path)):
+        mask = open_stack(path)
+    else:
+        mask = Picture(path, "mask")
+    if mask.count != image.count:
+        raise DataError(f"{path} has {mask.count} slices, its image {image.count}: export one size.")
+    return mask
 
 
 def read_image(path: Path) -> Raster:
-    """Read one PNG, JPEG or TIFF; an alpha channel is dropped, an EXIF rotation applied.
-
-    Colour with more than 8 bits a channel is reduced to 8 by Pillow; grey keeps all its bits.
-    Raises `DataError` for an unknown suffix, a missing, broken or several-page file.
-    """
-    stored = _load(path, "image")
-    if stored.shape[0] not in (1, 3):
-        raise DataError(f"{path} has {stored.shape[0]} channels: save it as grey or RGB.")
-    return Raster(stored.astype(np.float32), full_scale_of(stored))
+    """The one slice of an image; see `open_stack`. Raises `DataError` for a file of several slices too."""
+    stack = open_stack(path)
+    if stack.count != 1:
+        raise DataError(f"{path} has {stack.count} slices: one is wanted here.")
+    return stack.raster(0)
 
 
 def read_mask(path: Path) -> NDArray[np.float32]:
@@ -56,28 +104,42 @@ def read_mask(path: Path) -> NDArray[np.float32]:
 
     Raises `DataError` as `read_image`, and for a mask in colour.
     """
-    stored = _load(path, "mask").astype(np.float32)
+    return mask_labels(path, Picture(path, "mask") if path.suffix.lower() in READERS else open_stack(path), 0)
+
+
+def mask_labels(path: Path, mask: Stack, index: int) -> NDArray[np.float32]:
+    """(H, W) label values of slice ``index``. Raises `DataError` for a mask in colour."""
+    stored = mask.stored(index)
     if not np.all(stored == stored[:1], where=~np.isnan(stored)):
         raise DataError(f"{path} is a colour picture: save the mask as one channel of label values.")
     grey: NDArray[np.float32] = stored[0]
     return grey
 
 
-def full_scale_of(stored: Array) -> float:
-    """The white level of (C, H, W) stored numbers: of the container's bits only those in use count.
+def _only_series(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.iterdir() if path.is_file() and dicom.is_dicom(path))
+    series, faults = dicom.series_of(files)
+    if faults:
+        raise DataError(f"{folder}: " + " ".join(faults))
+    if len(series) != 1:
+        raise DataError(f"{folder} holds {len(series)} DICOM series: name the folder of one.")
+    return series[0]
 
-    Scanners write 10, 12 or 14 bits into 16-bit files, so a 16-bit file's white is the smallest usual
-    bit depth that holds its largest number. A float file has no fixed white: its largest magnitude.
-    """
-    finite = stored[np.isfinite(stored)]
-    largest = float(np.abs(finite).max()) if finite.size else 0.0
-    if np.issubdtype(stored.dtype, np.floating):
-        return largest or 1.0
-    fitting = [2.0**bits - 1 for bits in BIT_DEPTHS if 2.0**bits > largest]
-    return fitting[0] if fitting else largest
+
+def _must_exist(path: Path) -> None:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: correct the path in the manifest or restore the file.")
 
 
 class _PillowReader(PILReader):  # type: ignore[misc]
+    def read(self, data: Any, **kwargs: Any) -> Image.Image:
+        # From a stream: of a file's name Pillow 13 maps an uncompressed TIFF that lies on its side with its
+        # rows and columns exchanged, and mangles it in silence.
+        with Path(data).open("rb") as file:
+            upright: Image.Image = self.converter(Image.open(file))
+            upright.load()
+        return upright
+
     def get_data(self, img: Any) -> tuple[Array, dict[str, Any]]:
         array, meta = super().get_data(img)
         return np.array(array), meta  # Pillow's own buffer is read-only, which torch warns about
@@ -100,30 +162,29 @@ READERS: dict[str, Callable[[Role], ImageReader]] = {
 
 
 @cache
-def _reader(suffix: str, role: Role) -> tuple[LoadImage, ImageReader]:
-    reader = READERS[suffix](role)
-    return LoadImage(reader=reader, image_only=True, dtype=None, ensure_channel_first=True), reader
+def _reader(suffix: str, role: Role) -> ImageReader:
+    return READERS[suffix](role)
 
 
 def _load(path: Path, role: Role) -> Array:
     suffix = path.suffix.lower()
     if suffix not in READERS:
-        raise DataError(f"{path}: no reader for the suffix {suffix!r}: use {', '.join(READERS)}.")
-    if not path.is_file():
-        raise DataError(f"{path} does not exist: correct the path in the manifest or restore the file.")
-    load, reader = _reader(suffix, role)
+        known = ", ".join([*READERS, *nifti.SUFFIXES, *dicom.SUFFIXES])
+        raise DataError(f"{path}: no reader for the suffix {suffix!r}: use {known}.")
+    _must_exist(path)
+    reader = _reader(suffix, role)
     try:
-        # The reader goes with the call: MONAI then lets its exceptions through instead of trying others.
-        loaded: Array = load(str(path), reader=reader).numpy()
+        # Not MONAI's LoadImage: it sets up every reader that it knows, and warns of those it cannot.
+        stored: Array = reader.get_data(reader.read(str(path)))[0]
     except DataError as error:
         raise DataError(f"{path}: {error.message}") from None
     except Exception as error:  # OSError, SyntaxError, ValueError, struct.error ...: Pillow has no one class
         raise DataError(
             f"{path} cannot be read as an image ({type(error).__name__}): save it again."
         ) from error
-    if loaded.ndim != 3 or 0 in loaded.shape:
+    if stored.ndim not in (2, 3) or 0 in stored.shape:
         raise DataError(f"{path} is not a picture of rows and columns.")
-    return loaded
+    return stored[None] if stored.ndim == 2 else stored.transpose(2, 0, 1)
 
 
 def _upright(picture: Image.Image) -> Image.Image:

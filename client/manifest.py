@@ -10,14 +10,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from client.images import Array, read_image, read_mask
+from client.images import mask_labels, open_mask, open_stack
 from client.manifest_rows import Fault, FaultKind, Manifest, ManifestRow, parse_manifest, read_manifest
 from client.patients import Split
 from client.splits import split_sizes
+from client.stacks import Array, Stack
 from common.errors import DataError
 from common.recipe import ClassConfig
 
@@ -31,6 +32,8 @@ __all__ = [
     "describe_manifest",
     "read_manifest",
 ]
+
+Found = TypeVar("Found")
 
 INTENSITY_PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.7)
 
@@ -91,11 +94,14 @@ def describe_manifest(path: Path, classes: Sequence[ClassConfig]) -> dict[str, A
     """
     manifest = read_manifest(path)
     sizes: Counter[str] = Counter()
+    spacings: Counter[str] = Counter()
     levels = []
     for row in manifest.rows:
-        raster = read_image(row.image)
-        sizes["x".join(map(str, raster.pixels.shape[1:]))] += 1
-        levels.append(np.nanpercentile(raster.pixels / raster.full_scale, INTENSITY_PERCENTILES))
+        stack = open_stack(row.image)
+        sizes["x".join(map(str, (*stack.size, *([stack.count] if stack.count > 1 else []))))] += 1
+        spacings[_spacing_text(row.spacing_mm or stack.spacing_mm)] += 1
+        for raster in stack.rasters():
+            levels.append(np.nanpercentile(raster.pixels / raster.full_scale, INTENSITY_PERCENTILES))
     medians = np.median(levels, axis=0).tolist()
     percentiles = zip(INTENSITY_PERCENTILES, medians, strict=True)
     return {
@@ -106,7 +112,7 @@ def describe_manifest(path: Path, classes: Sequence[ClassConfig]) -> dict[str, A
             if any(row.split == name for row in manifest.rows)
         },
         "sizes": dict(sizes),
-        "spacing_mm": dict(Counter(_spacing_text(row) for row in manifest.rows)),
+        "spacing_mm": dict(spacings),
         "groups": dict(Counter(row.group or "none" for row in manifest.rows)),
         "intensity": {f"p{name:g}": round(level, 4) for name, level in percentiles},
         "foreground_share": _foreground_shares(manifest.rows, classes),
@@ -118,8 +124,8 @@ def _counts(rows: Sequence[ManifestRow]) -> dict[str, int]:
     return {"patients": len({row.patient for row in rows}), "images": len(rows), "labelled": labelled}
 
 
-def _spacing_text(row: ManifestRow) -> str:
-    return "x".join(f"{side:g}" for side in row.spacing_mm) if row.spacing_mm else "unknown"
+def _spacing_text(spacing_mm: tuple[float, float] | None) -> str:
+    return "x".join(f"{side:g}" for side in spacing_mm) if spacing_mm else "unknown"
 
 
 def _foreground_shares(
@@ -127,11 +133,14 @@ def _foreground_shares(
 ) -> dict[str, float | None]:
     pixels, inside = 0, dict.fromkeys((item.name for item in classes), 0)
     for row in rows:
-        if row.mask is not None:
-            mask = read_mask(row.mask)
-            pixels += mask.size
+        if row.mask is None:
+            continue
+        mask = open_mask(row.mask, open_stack(row.image))
+        for index in range(mask.count):
+            labels = mask_labels(row.mask, mask, index)
+            pixels += labels.size
             for item in classes:
-                inside[item.name] += int(np.sum(np.isin(mask, item.values)))
+                inside[item.name] += int(np.sum(np.isin(labels, item.values)))
     return {name: round(count / pixels, 5) if pixels else None for name, count in inside.items()}
 
 
@@ -158,30 +167,68 @@ def label_text(path: Path, mask: Array, classes: Sequence[ClassConfig]) -> str:
 def _check_row(row: ManifestRow, classes: Sequence[ClassConfig]) -> tuple[list[Fault], str | None]:
     """The faults of one row's files, and a digest of the image's pixels if it could be decoded."""
     faults: list[Fault] = []
-    image = _decode(row.image, row.line, lambda path: read_image(path).pixels, faults)
-    if row.mask is not None and (mask := _decode(row.mask, row.line, read_mask, faults)) is not None:
-        if image is not None and (text := size_text(row, image, mask)):
-            faults.append(Fault(FaultKind.size_mismatch, row.line, text))
-        if text := label_text(row.mask, mask, classes):
-            faults.append(Fault(FaultKind.undeclared_label, row.line, text))
-        elif not mask.any():
-            text = f"mask {row.mask.name} is empty: right if nothing is there, else leave its cell empty."
-            faults.append(Fault(FaultKind.empty_mask, row.line, text, warning=True))
-    return faults, None if image is None else _pixel_digest(image)
+    image = _guarded(row.image, row.line, lambda: open_stack(row.image), faults)
+    digest = (
+        None if image is None else _guarded(row.image, row.line, lambda: _digest(row, image, faults), faults)
+    )
+    if row.mask is None:
+        return faults, digest
+    path = row.mask
+    # Without its image a mask is still looked at, as a picture of its own.
+    against = open_stack if image is None else lambda path: open_mask(path, image)
+    mask = _guarded(path, row.line, lambda: against(path), faults)
+    if mask is not None:
+        _guarded(path, row.line, lambda: _check_mask(row, mask, image, classes, faults), faults)
+    return faults, digest
 
 
-def _decode(path: Path, line: int, read: Callable[[Path], Array], faults: list[Fault]) -> Array | None:
-    """The array of one file, or None; what is wrong with it is appended to ``faults``."""
+def _digest(row: ManifestRow, image: Stack, faults: list[Fault]) -> str:
+    """Of all slices; one slice that is not finite is a fault."""
+    digests, finite = [], True
+    for index in range(image.count):
+        pixels = image.stored(index)
+        finite = finite and bool(np.all(np.isfinite(pixels)))
+        digests.append(_pixel_digest(pixels))
+    if not finite:
+        faults.append(_not_finite(row.image, row.line))
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _check_mask(
+    row: ManifestRow, mask: Stack, image: Stack | None, classes: Sequence[ClassConfig], faults: list[Fault]
+) -> None:
+    assert row.mask is not None
+    values, finite, text = np.zeros(0, np.float32), True, ""
+    for index in range(mask.count):
+        labels = mask_labels(row.mask, mask, index)
+        finite = finite and bool(np.all(np.isfinite(labels)))
+        values = np.union1d(values, labels)
+        if image is not None and not text:
+            text = size_text(row, np.empty((0, *image.size)), labels)
+    if not finite:
+        faults.append(_not_finite(row.mask, row.line))
+    if text:
+        faults.append(Fault(FaultKind.size_mismatch, row.line, text))
+    if text := label_text(row.mask, values, classes):
+        faults.append(Fault(FaultKind.undeclared_label, row.line, text))
+    elif not values.any():
+        text = f"mask {row.mask.name} is empty: right if nothing is there, else leave its cell empty."
+        faults.append(Fault(FaultKind.empty_mask, row.line, text, warning=True))
+
+
+def _guarded(path: Path, line: int, read: Callable[[], Found], faults: list[Fault]) -> Found | None:
+    """What ``read`` gives, or None; what is wrong with the file is appended to ``faults``."""
     try:
-        array = read(path)
+        return read()
     except DataError as error:
-        kind = FaultKind.unreadable_file if path.is_file() else FaultKind.missing_file
+        kind = FaultKind.unreadable_file if path.exists() else FaultKind.missing_file
         faults.append(Fault(kind, line, error.message))
         return None
-    if not np.all(np.isfinite(array)):
-        text = f"{path} holds NaN or infinite values: replace them or leave the row out."
-        faults.append(Fault(FaultKind.not_finite, line, text))
-    return array
+
+
+def _not_finite(path: Path, line: int) -> Fault:
+    text = f"{path} holds NaN or infinite values: replace them or leave the row out."
+    return Fault(FaultKind.not_finite, line, text)
 
 
 def _pixel_digest(pixels: Array) -> str:

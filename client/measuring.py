@@ -33,8 +33,13 @@ def model_path(site: Site, name: str) -> Path:
 
 
 @contextmanager
-def opened_models(site: Site, plan: RunPlan, adapter: Adapter) -> Iterator[dict[str, Callable[[], Forward]]]:
+def opened_models(
+    site: Site, plan: RunPlan, adapter: Adapter, beside: Sequence[str] = ()
+) -> Iterator[dict[str, Callable[[], Forward]]]:
     """Name -> a function that makes the model ready: teachers may share one network, so use one at a time.
+
+    Args:
+        beside: students in the site's folder that the plan does not name.
 
     Raises ``ArtefactError``, when the model is made ready, for an adapter that is none of the plan's.
     """
@@ -49,7 +54,7 @@ def opened_models(site: Site, plan: RunPlan, adapter: Adapter) -> Iterator[dict[
         TEACHER: lambda: with_adapter(teacher_for(adapter, plan), adapter)
     }
     personal = [PERSONAL_TEACHER] if personalises(plan) else []
-    for name in (*personal, "student", *plan.baselines):
+    for name in (*personal, "student", *plan.baselines, *beside):
         path = model_path(site, name)
         if not path.exists():
             continue

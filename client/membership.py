@@ -24,7 +24,7 @@ from common.errors import ArtefactError, DataError
 from common.plan import RunPlan
 from common.privacy.auditing import ALPHA
 from common.privacy.membership import Assignment, Claim, Membership, judged
-from common.recipe import Holdout
+from common.recipe import Holdout, Start
 from common.seeding import derive_seed
 from common.teacher import initial_adapter, teacher_for
 
@@ -127,7 +127,9 @@ def audit_student(site: Site, plan: RunPlan, subjects: Subjects, alpha: float = 
     if student.card.run_id != plan.run_id:
         raise ArtefactError(f"{site.folder / STUDENT_FILE} is of another run than plan.json: run again")
     seed = site.draw_seed(plan, "student")
-    start = build_student(student.card.name, plan.data, True, seed).eval()
+    # Before the run: a start that was learned from the site's own images is a part of it.
+    shipped = student.card.start in (None, Start.shipped)
+    start = build_student(student.card.name, plan.data, shipped, seed).eval()
     views, name = Views.of(subjects.patients, plan), (STUDENT, student.card.sha256)
     scores = scores_of(views.losses(start), views.losses(student.module))
     return judged(name, scores, subjects.inside, subjects.assignment, Claim(None, plan.privacy.delta), alpha)

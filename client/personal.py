@@ -17,8 +17,8 @@ from client.deadline import Deadline
 from client.patients import Patient
 from client.site import Site
 from common.adapter import Adapter
+from common.names import PERSONAL_RULES
 from common.plan import RunPlan
-from common.recipe import PERSONAL_RULES
 from common.teacher import initial_adapter, resident_teacher
 
 PERSONAL_TEACHER = "personal_teacher"  # the model's name in reports

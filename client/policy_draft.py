@@ -30,6 +30,7 @@ LENGTH_ROOM = 1.01
 CURES = {
     "style": "take generator.scope=none",
     "generator": "take generator.scope=none",
+    "shared_student": "take student.scope=local",
     "student": "take privacy.release_metrics=false, or privacy.metric_epsilon",
     "evaluate": "take privacy.release_metrics=false, or privacy.metric_epsilon",
 }

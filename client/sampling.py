@@ -49,6 +49,7 @@ class TransferCrop:
     image: Tensor  # (3, S, S) float32
     mask: Tensor | None  # (C, S, S) float32
     id: str
+    valid: Tensor  # (S, S) bool, False outside the field of view
 
 
 class PatchSampler:
@@ -110,9 +111,10 @@ class PatchSampler:
             turn, place = divmod(number, len(order))
             at = order[place][turn % len(order[place])]
             corner = self._corner(at, rng)
-            image, mask, _ = self._cut(at, corner)
+            image, mask, valid = self._cut(at, corner)
             name = ".".join(map(str, (*at, *corner)))
-            found.append(TransferCrop(image.contiguous(), None if mask is None else mask.contiguous(), name))
+            whole = None if mask is None else mask.contiguous()
+            found.append(TransferCrop(image.contiguous(), whole, name, valid[0].contiguous()))
         return found
 
     def _sample(self, at: Index) -> Sample:

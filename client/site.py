@@ -100,6 +100,11 @@ def _as_dict(data: DataConfig) -> object:
     return asdict(data)
 
 
+def forget_patients() -> None:
+    """Drop every site's images that this process has read."""
+    _patients.cache_clear()
+
+
 @lru_cache(maxsize=16)
 def _patients(manifest: Path, data: str, seed: int) -> list[Patient]:
     if not manifest.exists():

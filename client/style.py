@@ -1,6 +1,6 @@
 """The site's style summary: what the images look like, in a few bounded numbers a group.
 
-Style vectors follow `common.style.STYLE_FIELDS`. A group is a diagonal Gaussian over the vectors of images
+Style vectors follow `common.style.style_fields`. A group is a diagonal Gaussian over the vectors of images
 that look alike (k-means), and only groups of at least the policy's number of *patients* are shared.
 """
 
@@ -15,14 +15,19 @@ from scipy.ndimage import binary_erosion, gaussian_filter
 from torch import Tensor
 
 from client.patients import Patient, Sample
+from client.texture import texture_numbers
 from common.errors import DataError
-from common.style import STYLE_BOUNDS, StyleGroup, StyleSummary
+from common.recipe import StyleDetail
+from common.style import CYCLES, STYLE_FIELDS, StyleGroup, StyleSummary, style_bounds
 
 TEXTURE_SIGMA = 4.0  # pixels
+DIGITS = 4  # decimals of a number that is shared: fine bands of a clean image deviate by a few thousandths
 
 
-def style_vector(image: Tensor, mask: Tensor, valid: Tensor) -> NDArray[np.float64] | None:
-    """The 14 numbers of one image, or None if foreground or background is (nearly) missing.
+def style_vector(
+    image: Tensor, mask: Tensor, valid: Tensor, detail: StyleDetail = StyleDetail.colour
+) -> NDArray[np.float64] | None:
+    """The numbers of one image, or None if foreground or background is (nearly) missing.
 
     Args:
         image: (3, H, W) in [0, 1]. mask: (H, W), nonzero is foreground. valid: (H, W) bool.
@@ -33,13 +38,29 @@ def style_vector(image: Tensor, mask: Tensor, valid: Tensor) -> NDArray[np.float
     body = front.numpy()
     perimeter = max(int((body & ~binary_erosion(body)).sum()), 1)
     pixels = image.numpy()
-    colours = [part for region in (body, back.numpy()) for part in _colour_and_texture(pixels, region)]
+    colours = [part for region in (body, back.numpy()) for part in colour_and_texture(pixels, region)]
     shape = [np.log(front.sum().item() / valid.sum().item()), np.log(body.sum() / perimeter)]
-    low, high = np.array(STYLE_BOUNDS).T
-    return np.clip(np.concatenate([*colours, shape]), low, high)
+    parts = [*colours, shape]
+    if detail is not StyleDetail.colour:
+        parts += [texture_numbers(pixels, region) for region in (body, back.numpy())]
+    if detail is StyleDetail.spectrum:
+        parts.append(low_amplitudes(pixels).ravel())
+    low, high = np.array(style_bounds(detail)).T
+    return np.clip(np.concatenate(parts), low, high)
 
 
-def _colour_and_texture(image: NDArray[np.float32], region: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
+def low_amplitudes(image: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Amplitudes of the lowest frequencies of ``image`` (3, H, W), of shape `SPECTRUM_SHAPE`, a pixel."""
+    spectrum = np.fft.rfft2(image) / image[0].size
+    return np.abs(spectrum[:, low_rows(image.shape[1]), : CYCLES + 1]).astype(np.float64)
+
+
+def low_rows(height: int) -> NDArray[np.int64]:
+    """The rows of a spectrum of ``height`` rows that hold -4 to 4 cycles."""
+    return np.arange(-CYCLES, CYCLES + 1) % height
+
+
+def colour_and_texture(image: NDArray[np.float32], region: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
     """Mean of each channel over ``region``, and the standard deviation of what is finer than `TEXTURE_SIGMA`.
 
     Slow changes of light are left out of the deviation: a generator would paint them as grain.
@@ -50,7 +71,12 @@ def _colour_and_texture(image: NDArray[np.float32], region: NDArray[np.bool_]) -
 
 
 def summarise_style(
-    patients: Sequence[Patient], size: int, max_groups: int, min_patients: int, seed: int
+    patients: Sequence[Patient],
+    size: int,
+    max_groups: int,
+    min_patients: int,
+    seed: int,
+    detail: StyleDetail = StyleDetail.colour,
 ) -> StyleSummary:
     """Group the labelled images of ``patients`` and keep the groups that are large enough.
 
@@ -58,23 +84,24 @@ def summarise_style(
     fundus the light changes far more than within one tile, and would be taken for texture.
 
     Guarantee: every shared group covers at least ``min_patients`` patients. Each number lies within
-    `STYLE_BOUNDS`.
+    `style_bounds`. Groups are made by colour and shape alone, whatever ``detail`` adds.
 
     Raises:
         DataError: no group is large enough.
     """
-    vectors, owners = _vectors(patients, size)
-    low, high = np.array(STYLE_BOUNDS).T
+    vectors, owners = _vectors(patients, size, detail)
+    low, high = np.array(style_bounds(StyleDetail.colour)).T
     groups: list[StyleGroup] = []
     if len(set(owners)) >= min_patients:
-        labels = _cluster((vectors - low) / (high - low), owners, max_groups, min_patients, seed)
+        scaled = (vectors[:, : len(STYLE_FIELDS)] - low) / (high - low)
+        labels = _cluster(scaled, owners, max_groups, min_patients, seed)
         for label in np.unique(labels):
             member = labels == label
             if len(set(owners[member])) < min_patients:
                 continue
             share = max(round(float(member.mean()), 1), 0.1)
-            mean, std = vectors[member].mean(0), vectors[member].std(0)
-            groups.append(StyleGroup(share, mean.round(3).tolist(), std.round(3).tolist()))
+            mean, std = (part.round(DIGITS) for part in (vectors[member].mean(0), vectors[member].std(0)))
+            groups.append(StyleGroup(share, mean.tolist(), std.tolist()))
     if not groups:
         raise DataError(  # not a policy refusal: how many patients there are is the site's business
             f"no style group of {min_patients} patients: label more patients, lower "
@@ -83,17 +110,19 @@ def summarise_style(
     return StyleSummary(groups)
 
 
-def _vectors(patients: Sequence[Patient], size: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _vectors(
+    patients: Sequence[Patient], size: int, detail: StyleDetail
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     vectors, owners = [], []
     for owner, patient in enumerate(patients):
         for sample in patient.samples:
-            for vector in _tile_vectors(sample, size):
+            for vector in tile_vectors(sample, size, detail):
                 vectors.append(vector)
                 owners.append(owner)
-    return np.array(vectors).reshape(-1, len(STYLE_BOUNDS)), np.array(owners, np.int64)
+    return np.array(vectors).reshape(-1, len(style_bounds(detail))), np.array(owners, np.int64)
 
 
-def _tile_vectors(sample: Sample, size: int) -> Iterator[NDArray[np.float64]]:
+def tile_vectors(sample: Sample, size: int, detail: StyleDetail) -> Iterator[NDArray[np.float64]]:
     """The vectors of the sample's tiles of about ``size`` pixels that lie inside the field of view."""
     if sample.mask is None:
         return
@@ -109,7 +138,7 @@ def _tile_vectors(sample: Sample, size: int) -> Iterator[NDArray[np.float64]]:
             valid = sample.valid[where]
             if valid.float().mean() < 0.9:
                 continue
-            vector = style_vector(sample.image[:, where[0], where[1]], foreground[where], valid)
+            vector = style_vector(sample.image[:, where[0], where[1]], foreground[where], valid, detail)
             if vector is not None:
                 yield vector
 
@@ -136,11 +165,10 @@ def _cluster(
 def sample_styles(
     summaries: Sequence[StyleSummary], count: int, rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """``count`` style vectors (count, 14): sites in turn, groups by the root of their weight, jittered.
+    """``count`` style vectors (count, 14 or more): sites in turn, groups by the root of their weight.
 
-    The root lifts rare appearances, which are what a student of another site lacks.
+    The root lifts rare appearances, which are what a student of another site lacks. Each is jittered.
     """
-    low, high = np.array(STYLE_BOUNDS).T
     vectors = []
     for index in range(count):
         groups = summaries[index % len(summaries)].groups
@@ -151,5 +179,11 @@ def sample_styles(
         if np.allclose(mean[0:3], mean[0]) and np.allclose(mean[6:9], mean[6]):  # grey stays grey
             for start in (0, 3, 6, 9):
                 jitter[start : start + 3] = jitter[start]
-        vectors.append(np.clip(mean + 0.7 * std * jitter, low, high))
+        vectors.append(within_bounds(mean + 0.7 * std * jitter))
     return np.array(vectors)
+
+
+def within_bounds(vector: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``vector``, of any detail, with each number in its bounds."""
+    detail = next(one for one in StyleDetail if len(style_bounds(one)) == len(vector))
+    return np.clip(vector, *np.array(style_bounds(detail)).T)

@@ -46,6 +46,11 @@ class SiteTeachers:
             yield network
 
     @cached_property
+    def untuned(self) -> Adapter:
+        """The teacher as it ships: the adapter that every run starts from changes nothing yet."""
+        return initial_adapter(self.site.teacher(self.plan), self.plan.data, self.plan.seed)
+
+    @cached_property
     def personal(self) -> Adapter | None:
         """The site's own, on top of the shared one; None where the rule has none."""
         if not personalises(self.plan):
@@ -55,7 +60,7 @@ class SiteTeachers:
     @cached_property
     def local(self) -> Adapter:
         """A teacher of this site alone: the same start, steps and batches as in the federation."""
-        adapter = initial_adapter(self.site.teacher(self.plan), self.plan.data, self.plan.seed)
+        adapter = self.untuned
         for index in range(self.plan.rounds):
             visit = round_visit(self.site, self.plan, Stage.adapt, index)
             adapter = adapt(self.resident, adapter, self.labelled, self.plan, visit, self.deadline).adapter

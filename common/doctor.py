@@ -180,10 +180,10 @@ def checkpoint_findings() -> Iterator[Finding]:
     """The shipped initial weights are there and are those of their cards."""
     from common import checkpoints
     from common.errors import ArtefactError
-    from common.recipe import GENERATORS, STUDENTS, TEACHERS
+    from common.names import GENERATORS, SHIPPED_STUDENTS, TEACHERS
 
     shipped = checkpoints.names()
-    for name in sorted({*TEACHERS, *GENERATORS, *STUDENTS, *shipped}):
+    for name in sorted({*TEACHERS, *GENERATORS, *SHIPPED_STUDENTS, *shipped}):
         try:
             yield Finding(f"weights {name}", f"sha256 {checkpoints.base_sha256(name)[:12]}")
         except ArtefactError as error:

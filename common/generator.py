@@ -8,7 +8,7 @@ Dhariwal 2021); loss weight 1 + min(SNR, 5) / 2 (after Hang et al. 2023, Min-SNR
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -28,6 +28,8 @@ from common.tuning.slots import AdapterSlots, SlotPlan
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+TOKEN = "token"  # the layer that a site's code passes through, where there is one
+CODE = 64  # numbers of a site's code: codes of so many are nearly at right angles
 
 generators_built = 0  # how many networks this process has built: tests assert that it stays at one
 
@@ -69,18 +71,43 @@ class StyleDiffusion(nn.Module):
             up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         )  # fmt: skip
         self.style = nn.Sequential(nn.Linear(len(STYLE_FIELDS), 96), nn.SiLU(), nn.Linear(96, 96))
+        self.token: nn.Linear | None = None
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
 
+    def tell_sites_apart(self) -> None:
+        """Add the token layer; until it is trained it says nothing."""
+        self.token = nn.Linear(CODE, 96, bias=False)
+        nn.init.zeros_(self.token.weight)
+
     def forward(self, noisy: Tensor, time: Tensor, mask: Tensor, style: Tensor) -> Tensor:
-        """``noisy`` (B, 12, S/2, S/2), ``time`` (B,) steps, ``mask`` (B, 1, S, S), ``style`` (B, 14)."""
+        """``noisy`` (B, 12, S/2, S/2), ``time`` (B,) steps, ``mask`` (B, 1, S, S), ``style`` (B, 14).
+
+        Behind a style's numbers its site's code may stand (`with_code`), for a network with a token layer.
+        """
+        style, code = style[:, : len(STYLE_FIELDS)], style[:, len(STYLE_FIELDS) :]
         painted = palette(mask, style)
         bands = haar(painted)
         condition = torch.cat([noisy, F.pixel_unshuffle(mask, 2), bands[:, :3]], 1)
         low, high = torch.tensor(STYLE_BOUNDS).T
         embedded = self.style((style - low) / (high - low) * 4 - 2)
+        if self.token is not None and code.shape[1]:
+            embedded = embedded + self.token(code)
         correction: Tensor = self.unet(condition, time, class_labels=embedded).sample
         return bands + 0.5 * correction
+
+
+@lru_cache(maxsize=256)
+def site_code(site: str) -> Tensor:
+    """(CODE,) of length 1: what a network with a token layer knows ``site`` by; the same everywhere."""
+    generator = torch.Generator().manual_seed(derive_seed(0, "site code", site) % 2**63)
+    code: Tensor = torch.randn(CODE, generator=generator)
+    return F.normalize(code, dim=0)
+
+
+def with_code(style: Tensor, sites: Sequence[str]) -> Tensor:
+    """``style`` (B, 14) with the code of each one's site behind it: (B, 14 + CODE)."""
+    return torch.cat([style, torch.stack([site_code(site) for site in sites])], 1)
 
 
 @lru_cache(maxsize=1)
@@ -127,10 +154,13 @@ def shipped_generator(name: str) -> StyleDiffusion:
 class ResidentGenerator:
     """The one generator of this process, with slots for a site's or the federation's adapter."""
 
-    def __init__(self, name: str, rank: int) -> None:
+    def __init__(self, name: str, rank: int, site_token: bool = False) -> None:
         global generators_built
         self.network = shipped_generator(name)
-        layers = tuple(layer for layer, _ in self.network.named_modules() if layer.endswith(TARGETS))
+        if site_token:
+            self.network.tell_sites_apart()
+        targets = (*TARGETS, TOKEN) if site_token else TARGETS
+        layers = tuple(layer for layer, _ in self.network.named_modules() if layer.endswith(targets))
         plan = SlotPlan(checkpoints.base_sha256(name), GENERATOR, rank, layers)
         self.slots = AdapterSlots(self.network, plan)
         self.network.eval()
@@ -144,12 +174,15 @@ class ResidentGenerator:
 
 
 @lru_cache(maxsize=2)
-def resident_generator(name: str, rank: int) -> ResidentGenerator:
-    return ResidentGenerator(name, rank)
+def resident_generator(name: str, rank: int, site_token: bool = False) -> ResidentGenerator:
+    return ResidentGenerator(name, rank, site_token)
+
+
+def generator_of(config: GeneratorConfig) -> ResidentGenerator:
+    """The one generator of this process that ``config`` asks for."""
+    return resident_generator(config.name, config.rank, config.site_token)
 
 
 def initial_adapter(config: GeneratorConfig, seed: int) -> Adapter:
     """What the federated scope's first round starts from."""
-    return resident_generator(config.name, config.rank).slots.initial(
-        derive_seed(seed, "generator", "lora_A")
-    )
+    return generator_of(config).slots.initial(derive_seed(seed, "generator", "lora_A"))

@@ -58,7 +58,11 @@ class Metric:
 
 @dataclass(frozen=True)
 class StudentNote:
-    """What a site says of its student: never the student itself."""
+    """What a site says of its student: never the student itself.
+
+    ``dropped_copy``: synthetic images taken out because they are like a patient's, and ``copy_rate`` their
+    share; None where no test ran, or the site withholds it: ``kept`` then counts them too.
+    """
 
     site: str
     name: str
@@ -69,7 +73,10 @@ class StudentNote:
     generated: int
     kept: int
     dropped_inconsistent: int
+    dropped_copy: int | None = None
+    copy_rate: float | None = None
     ledger_head: SignedHead | None = None
+    start: str = ""  # a `common.recipe.Start`: as the recipe or the kind says, never by what the data are
 
 
 @dataclass(frozen=True)
@@ -104,8 +111,15 @@ class GuardApi(Protocol):
 
     def train_generator(self, order: Round, adapter: Adapter) -> AdapterUpdate: ...
 
+    def train_shared_student(self, order: Round, student: Adapter) -> AdapterUpdate: ...
+
     def train_student(
-        self, order: Round, adapter: Adapter, styles: dict[str, StyleSummary], generator: Adapter | None
+        self,
+        order: Round,
+        adapter: Adapter,
+        styles: dict[str, StyleSummary],
+        generator: Adapter | None,
+        student: Adapter | None = None,
     ) -> StudentNote: ...
 
     def evaluate(self, order: Round, adapter: Adapter) -> SiteMetrics: ...

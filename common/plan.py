@@ -31,6 +31,7 @@ class Stage(StrEnum):
     adapt = "adapt"
     style = "style"
     generator = "generator"
+    shared_student = "shared_student"  # rounds of the student's own weights, where they travel
     student = "student"
     evaluate = "evaluate"
 

@@ -10,17 +10,9 @@ import math
 from collections.abc import Iterator
 
 from common import public_factors
+from common.names import PERSONAL_RULES, PINNED_A_RULES
 from common.privacy.published import CLEAR_SCALE, PublishedMetrics
-from common.recipe import (
-    PERSONAL_RULES,
-    PINNED_A_RULES,
-    CohortConfig,
-    DecoderTraining,
-    GeneratorScope,
-    PrivacyConfig,
-    Recipe,
-    SiteConfig,
-)
+from common.recipe import CohortConfig, DecoderTraining, GeneratorScope, PrivacyConfig, Recipe, SiteConfig
 from common.schema_check import Fault
 from common.tuning.presets import rank_of
 

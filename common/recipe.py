@@ -10,65 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-# Names that a recipe may use. The modules that build these things register the same names (a test
-# compares them); they stand here so that a recipe is checked without loading any of those modules.
-TEACHERS = ("ward-sam-tiny",)
-ADAPTER_PRESETS = (
-    "base",
-    "lite",
-    "wide",
-    "dp",
-    "fused",
-    "last3",
-    "bottleneck",
-    "norm",
-    "decoder",
-    "full",
-)
-GENERATORS = ("ward-diffusion-tiny",)
-STUDENTS = ("unet-xs",)
-AGGREGATION_RULES = (
-    "exact_split",
-    "fedit",
-    "ffa",
-    "fedsvd",
-    "fedex",
-    "lora_fair",
-    "flora",
-    "flexlora",
-    "hetlora",
-    "rolora",
-    "dual",
-)
-# What a rule takes, by its name: several ranks; of those, also other layers at each site; only presets that
-# train the factor B alone; only presets that train both, which then take turns. A rule that is in neither of
-# the first two wants one preset and rank for all sites.
-MIXED_RANK_RULES = ("exact_split", "flora", "flexlora", "hetlora", "dual")
-MIXED_PRESET_RULES = ("exact_split", "flora", "dual")
-FIXED_A_RULES = ("ffa", "fedsvd")
-ALTERNATING_RULES = ("rolora",)
-# Of those with a fixed A, the rules that never move it between rounds either, as a private run wants it.
-PINNED_A_RULES = ("ffa",)
-# Rules that hold as many components as `AggregationConfig.max_rank`, the trainable ones among them.
-SPLIT_RULES = ("exact_split", "dual")
-# Rules under which each site trains an adapter of its own after the last round, which stays at home.
-PERSONAL_RULES = ("dual",)
-# How the server takes the admitted updates of a round together. Those that vote want a rule on whose layers
-# sites can vote: on the whole change of each, or on the one factor that all of them train.
-ROBUST_ESTIMATORS = ("none", "norm_bound", "median", "trimmed_mean", "multi_krum", "auto")
-VOTING_ESTIMATORS = ("median", "trimmed_mean")
-CHANGE_VOTE_RULES = ("exact_split", "flora", "dual")
-FACTOR_VOTE_RULES = ("ffa", "fedsvd", "rolora")
-PRETRAINED_HEADS = ("vessel", "blob", "region", "bright", "dark")
-BASELINES = (
-    "local_only",
-    "local_only_scratch",
-    "no_synthetic",
-    "no_distillation",
-    "no_federation",
-    "local_teacher",
-)
-
 
 class Engine(StrEnum):
     loopback = "loopback"
@@ -85,7 +26,17 @@ class GeneratorScope(StrEnum):
     style = "style"  # the shipped generator in every site's style; never trained on a real pixel
     local = "local"  # fine-tuned on the site's own images, sampling the site's own styles
     federated = "federated"  # its adapter fine-tuned at the sites and aggregated; every site's styles
+    recolour = "recolour"  # no network: the site's own labelled crops in every site's colours
+    paint = "paint"  # no network: procedural shapes in every site's colours and grain
     none = "none"  # no synthetic image
+
+
+class StyleDetail(StrEnum):
+    """How much of its look a site shares, a number each (`common.style`)."""
+
+    colour = "colour"  # 14: colours, their fine deviation, coverage and size
+    texture = "texture"  # 12 more: the energy of each frequency band, shading, skewness
+    spectrum = "spectrum"  # 135 more: mean amplitudes of the lowest frequencies, as FedDG wants them
 
 
 class WireDtype(StrEnum):
@@ -106,6 +57,38 @@ class SyntheticLabels(StrEnum):
     soft = "soft"  # the teacher's probabilities
     mask = "mask"  # the conditioning mask
     both = "both"  # their mean
+
+
+class StudentScope(StrEnum):
+    local = "local"  # no student's weights leave a site
+    federated = "federated"  # trained in rounds and averaged first, then distilled at each site
+
+
+class Federation(StrEnum):  # of a federated student: see `client.federated_student`
+    fedavg = "fedavg"
+    fedprox = "fedprox"  # with a pull towards what the site was sent
+    fedbn = "fedbn"  # each site keeps the scales and shifts of its normalisations
+
+
+class Distillation(StrEnum):
+    task = "task"  # the federated teacher's outputs and features
+    agnostic = "agnostic"  # the features of the teacher as it ships, which knows nothing of the task
+    ensemble = "ensemble"  # the mean of the outputs of the federated teacher and the site's own
+    none = "none"
+
+
+class TeacherCache(StrEnum):
+    float16 = "float16"  # logits and features
+    uint8 = "uint8"  # probabilities in 255ths, features in bfloat16
+
+
+class Start(StrEnum):
+    """The weights that a student starts from."""
+
+    shipped = "shipped"  # pre-trained on procedural images
+    random = "random"
+    mae = "mae"  # pre-trained on the site's own images, without their masks, by telling hidden patches
+    moco = "moco"  # the same, by telling views of one image from those of others (MoCo v3)
 
 
 class Holdout(StrEnum):
@@ -245,10 +228,13 @@ class GeneratorConfig:
     images: int = 120  # synthetic images a site
     sampler_steps: int = 15  # denoiser calls an image
     style_groups: int = 5  # at most this many appearance groups a site
-    keep_dice: float = 0.5  # an image whose teacher mask agrees less with its conditioning mask is dropped
+    style_detail: StyleDetail = StyleDetail.colour  # what of its look a site shares
+    keep_dice: float = 0.5  # a painted image whose teacher mask agrees less with its own mask is dropped
+    keep_learnable: float = 1.0  # share of those left that have most to teach; the others are passed over
     rounds: int = 1  # federated scope: adapter rounds
     steps: int = 30  # local and federated scope: optimiser steps a site and round
     rank: int = 8
+    site_token: bool = False  # federated scope: the network is told whose image it learns and whose it paints
     batch_size: int = 8
     learning_rate: float = 1e-3
 
@@ -256,7 +242,14 @@ class GeneratorConfig:
 @dataclass(frozen=True)
 class StudentConfig:
     name: str = "unet-xs"
-    steps: int = 120
+    start: Start | None = None  # None: shipped where the kind has weights, else mae
+    pretraining_steps: int = 200  # of the starts mae and moco, at each site, once a run
+    scope: StudentScope = StudentScope.local
+    federation: Federation = Federation.fedavg  # of a federated student
+    rounds: int = 3  # of a federated student
+    federated_share: float = 0.67  # of the steps: made in those rounds; the rest is distillation at home
+    proximal: float = 0.01  # fedprox: mu, the weight of the pull towards what was sent
+    steps: int = 120  # of every student of the run, those in rounds included
     batch_size: int = 16  # labelled crops a step, for every variant
     transfer_batch_size: int = 8  # crops of the transfer set a step, beside them
     learning_rate: float = 2e-3
@@ -266,6 +259,22 @@ class StudentConfig:
     feature_weight: float = 0.1
     synthetic_share: float = 0.5  # of the crops of the transfer set
     synthetic_labels: SyntheticLabels = SyntheticLabels.soft
+    real_labels: SyntheticLabels = SyntheticLabels.soft  # the same, of the site's own labelled crops
+    distillation: Distillation = Distillation.task
+    boundary_weight: float = 0.0  # 0 and the term is not computed, as for every weight here
+    entropy_weight: float = 0.0  # how far the outputs' term discounts pixels of which the teacher is not sure
+    warmup_share: float = 0.0  # first share of the steps, on the transfer set alone
+    finetune_share: float = 0.0  # last share of the steps, on the labels alone
+    feature_stride: int = (
+        1  # decoder features are compared on every so many-th row and column, drawn anew a step
+    )
+    transfer_views: int = 1  # of each image of the transfer set; those beyond the first are augmented
+    teacher_cache: TeacherCache = TeacherCache.float16  # how the site keeps what the teacher said
+
+    @property
+    def federated(self) -> bool:
+        """Whether students' weights travel."""
+        return self.scope is StudentScope.federated
 
 
 @dataclass(frozen=True)
@@ -322,6 +331,7 @@ class PolicyConfig:
     max_payload_mb: float = 64.0
     allow_style: bool = True
     allow_generator: bool = True
+    allow_student: bool = False  # a student's weights, trained on patients without noise, may leave the site
 
 
 @dataclass(frozen=True)
@@ -333,7 +343,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. ``baselines`` are names from `client.variants.VARIANTS`, or ``local_teacher``."""
+    """A whole run. ``baselines``: `client.variants.VARIANTS`, ``local_teacher``, `POOLED_BASELINES`."""
 
     name: str = ""
     description: str = ""

@@ -1,166 +1,40 @@
-"""What a recipe's values must satisfy, one by one (`RANGES`, `NAMES`) and together (`recipe_faults`).
+"""What a recipe must satisfy, value by value (`recipe_ranges`, `NAMES`) and together (`recipe_faults`).
 
 Only names and numbers are looked at, apart from `file_faults`, which looks for the named files.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from common import names
 from common import recipe as schema
 from common.checkpoints import imported_names
+from common.painter_rules import painter_faults
 from common.privacy_rules import privacy_faults
 from common.recipe import Recipe, SiteConfig, SiteFile
+from common.recipe_ranges import RANGES
 from common.robust_rules import robust_faults
 from common.schema_check import Fault, choose_from
+from common.shared_student_rules import shared_student_faults
+from common.student_rules import student_faults
 from common.tuning.rules import adapter_faults
 
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")  # a folder's name on every system
 RECIPE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
-
-@dataclass(frozen=True)
-class Range:
-    """``low`` to ``high``; an end that is ``open`` does not belong to it."""
-
-    low: float
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def holds(self, value: float) -> bool:
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below
-
-    def __str__(self) -> str:
-        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
-        if math.isinf(self.high):
-            return low
-        return f"{low} and {'below' if self.open_high else 'at most'} {self.high:g}"
-
-
-COUNT = Range(1)
-NOT_NEGATIVE = Range(0)
-POSITIVE = Range(0, open_low=True)
-SHARE = Range(0, 1)
-OPEN_SHARE = Range(0, 1, open_low=True, open_high=True)
-UP_TO_1000 = Range(0, 1000, open_low=True)
-
-RANGES: dict[type, dict[str, Range]] = {
-    schema.RunConfig: {
-        "seed": NOT_NEGATIVE,
-        "rounds": COUNT,
-        "threads": COUNT,
-        "min_sites": COUNT,
-        "site_deadline_s": POSITIVE,
-    },
-    schema.ClassConfig: {"label": Range(1, 255)},
-    schema.DataConfig: {
-        "image_size": Range(32, 1024),
-        "longest_side": Range(32, 8192),
-        "min_patients": COUNT,
-    },
-    schema.ScannerConfig: {
-        "gain": POSITIVE,
-        "gamma": POSITIVE,
-        "blur": NOT_NEGATIVE,
-        "speckle": SHARE,
-        "noise": SHARE,
-        "contrast": Range(0, 1, open_low=True),
-    },
-    schema.PhantomConfig: {
-        "train_patients": COUNT,
-        "val_patients": NOT_NEGATIVE,
-        "test_patients": COUNT,
-        "images_per_patient": COUNT,
-        "unlabelled_patients": NOT_NEGATIVE,
-        "image_size": Range(32, 1024),
-    },
-    schema.CutConfig: {"labelled": COUNT},
-    schema.CohortConfig: {
-        "sites": COUNT,
-        "alpha": POSITIVE,
-        "labelled": COUNT,
-        "unlabelled": NOT_NEGATIVE,
-        "test_fraction": OPEN_SHARE,
-    },
-    schema.TeacherConfig: {
-        "rank": COUNT,
-        "steps": COUNT,
-        "batch_size": COUNT,
-        "learning_rate": POSITIVE,
-        "cached_views": NOT_NEGATIVE,
-    },
-    schema.AggregationConfig: {
-        "energy": Range(0, 1, open_low=True),
-        "max_rank": COUNT,
-        "personal_steps": COUNT,
-        "byzantine": COUNT,
-    },
-    schema.GeneratorConfig: {
-        "images": COUNT,
-        "sampler_steps": Range(1, 20),
-        "style_groups": COUNT,
-        "keep_dice": SHARE,
-        "rounds": COUNT,
-        "steps": COUNT,
-        "rank": COUNT,
-        "batch_size": COUNT,
-        "learning_rate": POSITIVE,
-    },
-    schema.StudentConfig: {
-        "steps": COUNT,
-        "batch_size": COUNT,
-        "transfer_batch_size": COUNT,
-        "learning_rate": POSITIVE,
-        "temperature": POSITIVE,
-        "supervised_weight": NOT_NEGATIVE,
-        "logit_weight": NOT_NEGATIVE,
-        "feature_weight": NOT_NEGATIVE,
-        "synthetic_share": SHARE,
-    },
-    SiteConfig: {"rank": COUNT, "patients": COUNT, "test_patients": COUNT},
-    SiteFile: {"rank": COUNT, "patients": COUNT, "test_patients": COUNT},
-    schema.PolicyConfig: {
-        "min_group_patients": COUNT,
-        "min_cell_patients": COUNT,
-        "max_weight": COUNT,
-        "max_payload_mb": POSITIVE,
-    },
-    schema.PrivacyConfig: {
-        "epsilon": UP_TO_1000,
-        "noise_multiplier": UP_TO_1000,
-        "delta": OPEN_SHARE,
-        "sample_rate": Range(0, 1, open_low=True),
-        "steps": COUNT,
-        "spare_steps": NOT_NEGATIVE,
-        "max_grad_norm": Range(0, 1e6, open_low=True),
-        "max_images_per_patient": Range(1, 64),
-        "learning_rate": Range(0, 1e6, open_low=True),
-        "momentum": Range(0, 1, open_high=True),
-        "metric_epsilon": UP_TO_1000,
-    },
-    schema.EvaluationConfig: {
-        "nsd_tolerance": POSITIVE,
-        "bootstrap": COUNT,
-        "overlap": Range(0, 1, open_high=True),
-    },
-}
-
 NAMES: dict[type, dict[str, tuple[str, ...]]] = {
-    schema.ClassConfig: {"like": schema.PRETRAINED_HEADS},
-    schema.TeacherConfig: {"name": schema.TEACHERS, "adapter": schema.ADAPTER_PRESETS},
-    schema.AggregationConfig: {"rule": schema.AGGREGATION_RULES, "robust": schema.ROBUST_ESTIMATORS},
-    schema.GeneratorConfig: {"name": schema.GENERATORS},
-    schema.StudentConfig: {"name": schema.STUDENTS},
-    SiteConfig: {"student": schema.STUDENTS, "adapter": schema.ADAPTER_PRESETS},
-    SiteFile: {"student": schema.STUDENTS, "adapter": schema.ADAPTER_PRESETS},
+    schema.ClassConfig: {"like": names.PRETRAINED_HEADS},
+    schema.TeacherConfig: {"name": names.TEACHERS, "adapter": names.ADAPTER_PRESETS},
+    schema.AggregationConfig: {"rule": names.AGGREGATION_RULES, "robust": names.ROBUST_ESTIMATORS},
+    schema.GeneratorConfig: {"name": names.GENERATORS},
+    schema.StudentConfig: {"name": names.STUDENTS},
+    SiteConfig: {"student": names.STUDENTS, "adapter": names.ADAPTER_PRESETS},
+    SiteFile: {"student": names.STUDENTS, "adapter": names.ADAPTER_PRESETS},
 }
 
 
@@ -182,7 +56,7 @@ def value_faults(section: Any, key: str = "") -> Iterator[Fault]:
 
 def _with_imported(known: tuple[str, ...]) -> tuple[str, ...]:
     """The names, and for teachers those that this machine's user imported."""
-    return (*known, *imported_names()) if known is schema.TEACHERS else known
+    return (*known, *imported_names()) if known is names.TEACHERS else known
 
 
 def _sections(path: str, value: Any) -> list[tuple[str, Any]]:
@@ -204,8 +78,11 @@ def recipe_faults(recipe: Recipe) -> list[Fault]:
         faults += _site_faults(site, f"sites[{index}]", recipe)
     faults += adapter_faults(recipe)
     faults += robust_faults(recipe.aggregation)
+    faults += student_faults(recipe)
     faults += privacy_faults(recipe)
     faults += _baseline_faults(recipe.baselines)
+    faults += painter_faults(recipe)
+    faults += shared_student_faults(recipe)
     return faults
 
 
@@ -326,8 +203,8 @@ def _phantom_faults(phantom: schema.PhantomConfig, key: str, recipe: Recipe) -> 
 
 def _baseline_faults(baselines: list[str]) -> Iterator[Fault]:
     for index, name in enumerate(baselines):
-        if name not in schema.BASELINES:
-            yield Fault(f"baselines[{index}]", f"there is no {name!r}", choose_from(name, schema.BASELINES))
+        if name not in names.BASELINES:
+            yield Fault(f"baselines[{index}]", f"there is no {name!r}", choose_from(name, names.BASELINES))
     for index, name in _repeated(baselines):
         yield Fault(f"baselines[{index}]", f"{name!r} is named twice", "name it once")
 

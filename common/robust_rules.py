@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from common.recipe import CHANGE_VOTE_RULES, FACTOR_VOTE_RULES, VOTING_ESTIMATORS, AggregationConfig
+from common.names import CHANGE_VOTE_RULES, FACTOR_VOTE_RULES, VOTING_ESTIMATORS
+from common.recipe import AggregationConfig
 from common.schema_check import Fault
 
 VOTE_RULES = (*CHANGE_VOTE_RULES, *FACTOR_VOTE_RULES)

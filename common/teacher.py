@@ -121,11 +121,7 @@ class ResidentTeacher:
 
     def __init__(self, config: TeacherConfig, data: DataConfig) -> None:
         global teachers_built
-        heads = checkpoints.card(config.name)["heads"]
-        rows = tuple(heads.index(item.like) for item in data.classes)
-        digest = checkpoints.base_sha256(config.name)
-        base = _base_network((config.name, digest), data.image_size, rows, needs_split(config))
-        self.network = sharing_copy(base)
+        self.network = untrained_teacher(config, data)
         self.slots = teacher_slots(self.network, config)
         self.network.eval()  # there is neither dropout nor batch statistics to switch
         teachers_built += 1
@@ -135,6 +131,15 @@ class ResidentTeacher:
         """The teacher with ``adapter`` written into it; if ``train``, what a site trains takes gradients."""
         with self.slots.visit(adapter, train, halves):
             yield self.network
+
+
+def untrained_teacher(config: TeacherConfig, data: DataConfig) -> Teacher:
+    """The teacher as it was shipped, in the memory that every teacher of this process shares."""
+    heads = checkpoints.card(config.name)["heads"]
+    rows = tuple(heads.index(item.like) for item in data.classes)
+    digest = checkpoints.base_sha256(config.name)
+    base = _base_network((config.name, digest), data.image_size, rows, needs_split(config))
+    return sharing_copy(base)
 
 
 def teacher_slots(network: Teacher, config: TeacherConfig) -> AdapterSlots:

@@ -48,6 +48,7 @@ class RunOutcome:
         styles, notes, metrics: per site, from the stages of that name.
         adapter_sha256: of the global teacher adapter, once its rounds are done.
         generator_sha256: of the global generator adapter, in the federated scope.
+        student_sha256: of the student's common weights, as an adapter, where they travel.
     """
 
     run_id: str
@@ -60,6 +61,7 @@ class RunOutcome:
     metrics: dict[str, SiteMetrics] = field(default_factory=dict)
     adapter_sha256: str = ""
     generator_sha256: str = ""
+    student_sha256: str = ""
     adapters: dict[str, SiteAdapter] = field(default_factory=dict)
 
     def has(self, stage: Stage, index: int) -> bool:

@@ -1,4 +1,4 @@
-"""The walk of a run: propose -> adapt rounds -> style -> generator rounds -> student -> evaluate.
+"""The walk of a run: propose -> adapt rounds -> style -> generator, student rounds -> student -> evaluate.
 
 Every phase has a deadline and an owner: the sites owe their answers within ``run.site_deadline_s``, the
 server owes the next step. A site that fails, refuses or is late is dropped from that round by name and
@@ -48,13 +48,7 @@ def run_walk(collector: Collector, recipe: Recipe, run_dir: Path) -> RunOutcome:
     shutil.rmtree(run_dir / "state" / INBOX, ignore_errors=True)
     try:
         walk = Walk(collector, recipe, run_dir)
-        walk.propose()
-        walk.adapt()
-        if Stage.style in walk.plan.stages:
-            walk.style()
-        if Stage.generator in walk.plan.stages:
-            walk.generator()
-        walk.student()
+        walk.train()
         if Stage.evaluate in walk.plan.stages:
             walk.evaluate()
     except WardroundError as error:
@@ -84,6 +78,9 @@ class Walk:
         self.rules: dict[Stage, AggregationRule] = {Stage.adapt: build_rule(recipe.aggregation, momentum)}
         if self.first.generator is not None:
             self.rules[Stage.generator] = build_rule(recipe.aggregation)
+        if self.first.student is not None:
+            # Dense tensors alone: a mean under any rule, and a vote where the recipe wants one.
+            self.rules[Stage.shared_student] = build_rule(replace(recipe.aggregation, rule="exact_split"))
         witness = Witness(self.plan.privacy.asked, run_dir / "state" / HEADS_FILE)
         self.rounds = Rounds(collector, recipe, self.plan, witness)
         self.outcome = RunOutcome(self.plan.run_id, self.plan.digest, [])
@@ -100,6 +97,19 @@ class Walk:
             )
             for stage, rule in self.rules.items()
         }
+
+    def train(self) -> None:
+        """Every phase of the plan up to the students."""
+        self.propose()
+        self.adapt()
+        for stage, phase in (
+            (Stage.style, self.style),
+            (Stage.generator, self.generator),
+            (Stage.shared_student, self.shared_student),
+        ):
+            if stage in self.plan.stages:
+                phase()
+        self.student()
 
     def propose(self) -> None:
         """Ask every node; those that agree are the run's sites. A resumed run keeps its first sites."""
@@ -128,9 +138,12 @@ class Walk:
         first = {(one.preset, one.rank): Share.of(one) for one in self.first.teachers}
         shares = {site: first[one.preset, one.rank] for site, one in self.outcome.adapters.items()}
         self.rules[Stage.adapt].start(self.first.whole(), shares, Share.of(self.first.teachers[0]))
-        if self.first.generator is not None:
-            alike = dict.fromkeys(self.outcome.sites, Share.of(self.first.generator))
-            self.rules[Stage.generator].start(self.first.generator, alike)
+        for stage, one in (
+            (Stage.generator, self.first.generator),
+            (Stage.shared_student, self.first.student),
+        ):
+            if one is not None:
+                self.rules[stage].start(one, dict.fromkeys(self.outcome.sites, Share.of(one)))
 
     def adapt(self) -> None:
         """The teacher's rounds; the global adapter is then in ``RUN/teacher``."""
@@ -149,7 +162,7 @@ class Walk:
 
         def take(site: str, content: wire.Content) -> None:
             summary = wire.decode_style(content)
-            admit_style(summary, self.plan.generator.style_groups)
+            admit_style(summary, self.plan.generator.style_groups, self.plan.generator.style_detail)
             styles[site] = summary
 
         done = self.rounds.run(self._errand(Stage.style, take), "styles")
@@ -163,6 +176,14 @@ class Walk:
         if self.outcome.generator_sha256 != digest:
             self._keep(replace(self.outcome, generator_sha256=digest))
 
+    def shared_student(self) -> None:
+        """The rounds of the student's own weights, where they travel."""
+        for index in range(self.plan.student.rounds):
+            self._train(Stage.shared_student, index)
+        digest = self.rules[Stage.shared_student].global_adapter().digest
+        if self.outcome.student_sha256 != digest:
+            self._keep(replace(self.outcome, student_sha256=digest))
+
     def student(self) -> None:
         """Each site makes synthetic images and distils its student; only a note of it comes back."""
         if self.outcome.has(Stage.student, 0):
@@ -171,10 +192,12 @@ class Walk:
         rule = self.rules.get(Stage.generator)
         generator = pack_down(rule.global_adapter(), self.plan.aggregation.wire_dtype) if rule else None
 
+        together = self.training.get(Stage.shared_student)
+
         def write(site: str) -> wire.Content:
-            request = wire.StudentRequest(
-                self.training[Stage.adapt].down(site), self.outcome.styles, generator
-            )
+            common = None if together is None else together.down(site)
+            teacher = self.training[Stage.adapt].down(site)
+            request = wire.StudentRequest(teacher, self.outcome.styles, generator, common)
             return wire.encode_student_request(self.rounds.order(Stage.student, 0, site), request)
 
         def take(site: str, content: wire.Content) -> None:

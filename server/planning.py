@@ -17,6 +17,8 @@ from torch import Tensor
 from common.adapter import Adapter
 from common.code_digest import code_sha256
 from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
+from common.names import POOLED_BASELINES, SHIPPED_STUDENTS
+from common.painter_rules import NETWORK_SCOPES, SHARING_SCOPES
 from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant
 from common.precision import pack
 from common.privacy.heads import HEAD, HEAD_BYTES, HEAD_NUMBERS
@@ -44,10 +46,12 @@ class FirstAdapters:
     Attributes:
         teachers: one a variant (preset and rank) that a site may train, the recipe's own first.
         generator: None unless its adapter is federated.
+        student: None unless the student's weights are.
     """
 
     teachers: list[Adapter]
     generator: Adapter | None
+    student: Adapter | None = None
 
     def whole(self) -> Adapter:
         """Every layer that a variant trains, at the highest rank, under the name of the first variant."""
@@ -60,13 +64,14 @@ class FirstAdapters:
 
 def first_adapters(recipe: Recipe) -> FirstAdapters:
     """Raises ``ArtefactError`` if the recipe names models that are not there, or public factors."""
-    from common import generator, teacher
+    from common import generator, shared_student, teacher
 
     federated = recipe.generator.scope is GeneratorScope.federated
     first = teacher.private_initial_adapter if recipe.privacy.asked else teacher.initial_adapter
     return FirstAdapters(
         [first(one, recipe.data, recipe.run.seed) for one in variant_settings(recipe)],
         generator.initial_adapter(recipe.generator, recipe.run.seed) if federated else None,
+        shared_student.first_student(recipe.student, recipe.data) if recipe.student.federated else None,
     )
 
 
@@ -85,9 +90,9 @@ def model_digests(recipe: Recipe) -> dict[str, str]:
 
     models = {recipe.teacher.name: checkpoints.base_sha256(recipe.teacher.name)}
     for name in {recipe.student.name, *(site.student for site in recipe.sites)}:
-        if name is not None:
+        if name in SHIPPED_STUDENTS:
             models[name] = checkpoints.base_sha256(name)
-    if recipe.generator.scope is not GeneratorScope.none:
+    if recipe.generator.scope in NETWORK_SCOPES:
         models[recipe.generator.name] = checkpoints.base_sha256(recipe.generator.name)
     return models
 
@@ -123,7 +128,7 @@ def build_plan(recipe: Recipe, run_id: str, first: FirstAdapters | None = None) 
         student=recipe.student,
         privacy=recipe.privacy,
         evaluation=recipe.evaluation,
-        baselines=recipe.baselines,
+        baselines=[name for name in recipe.baselines if name not in POOLED_BASELINES],
         sites=[site.name for site in recipe.sites],
     )
 
@@ -135,10 +140,12 @@ def run_stages(recipe: Recipe) -> list[Stage]:
     """
     scope = recipe.generator.scope
     stages = [Stage.propose, Stage.adapt]
-    if scope in (GeneratorScope.style, GeneratorScope.federated):
+    if scope in SHARING_SCOPES:
         stages.append(Stage.style)
     if scope is GeneratorScope.federated:
         stages.append(Stage.generator)
+    if recipe.student.federated:
+        stages.append(Stage.shared_student)
     stages.append(Stage.student)
     return stages if recipe.privacy.withheld else [*stages, Stage.evaluate]
 
@@ -147,6 +154,9 @@ def _payloads(stage: Stage, first: FirstAdapters, aggregation: AggregationConfig
     if stage in TABLES:
         name, kind, max_bytes = TABLES[stage]
         return [PayloadSpec(stage, [], sorted(set(_paths(kind, name))), max_bytes)]
+    if stage is Stage.shared_student:
+        assert first.student is not None, "only the federated scope of students has rounds of them"
+        return [_update_payload(stage, pack(first.student, aggregation.wire_dtype))]
     assert first.generator is not None, "only the federated scope has a generator stage"
     return _in_turn(stage, first.generator, aggregation)
 

@@ -17,7 +17,8 @@ from common.errors import ArtefactError
 from common.guard_api import SiteMetrics, StudentNote
 from common.plan import PayloadSpec
 from common.precision import in_parts, norm
-from common.style import STYLE_BOUNDS, StyleSummary
+from common.recipe import Start, StyleDetail
+from common.style import StyleSummary, style_bounds
 
 # A round of training moves an adapter by a few times its own norm at most; what is a hundred times as
 # large is a fault of the site's or an attack, and one such update would own the mean.
@@ -81,18 +82,18 @@ def admit(
     seen.add(nonce)
 
 
-def admit_style(style: StyleSummary, max_groups: int) -> None:
+def admit_style(style: StyleSummary, max_groups: int, detail: StyleDetail = StyleDetail.colour) -> None:
     """Raises ``ArtefactError`` with every reason."""
-    faults = []
+    faults, bounds = [], style_bounds(detail)
     if not 0 < len(style.groups) <= max_groups:
         faults.append("no style group, or too many")
     for group in style.groups:
-        if len(group.mean) != len(STYLE_BOUNDS) or len(group.std) != len(STYLE_BOUNDS):
+        if len(group.mean) != len(bounds) or len(group.std) != len(bounds):
             faults.append("a style of another length")
             continue
         if not 0 <= group.weight <= 1:
             faults.append("a style weight outside 0 to 1")
-        for mean, std, (low, high) in zip(group.mean, group.std, STYLE_BOUNDS, strict=True):
+        for mean, std, (low, high) in zip(group.mean, group.std, bounds, strict=True):
             if not low - BOUND_SLACK <= mean <= high + BOUND_SLACK or not 0 <= std <= high - low:
                 faults.append("a style number outside its bounds")
     _settle(faults)
@@ -101,10 +102,15 @@ def admit_style(style: StyleSummary, max_groups: int) -> None:
 def admit_note(note: StudentNote, site: str) -> None:
     """Raises ``ArtefactError`` with every reason."""
     faults = ["the note of another site"] if note.site != site else []
-    if min(note.params, note.generated, note.kept, note.dropped_inconsistent) < 0:
+    counts = (note.params, note.generated, note.kept, note.dropped_inconsistent, note.dropped_copy or 0)
+    if min(counts) < 0:
         faults.append("a negative count")
+    if not 0 <= (note.copy_rate or 0.0) <= 1:
+        faults.append("a copy rate outside 0 to 1")
     if min(note.latency_ms, note.teacher_latency_ms) < 0:
         faults.append("a negative time")
+    if note.start not in {"", *Start}:
+        faults.append("an unknown start")
     _settle(faults)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common import wire
 from common.adapter import Adapter
-from common.plan import PayloadSpec, Stage
+from common.plan import PayloadSpec, RunPlan, Stage
 from common.precision import pack_down, unpack
 from common.recipe import AggregationConfig
 from server.aggregation import AggregationRule
@@ -21,7 +21,13 @@ from server.screening import Sent, admit
 from server.settling import settle
 from server.steps import sent_to
 
-TITLES = {Stage.adapt: "teacher", Stage.generator: "generator"}
+TITLES = {Stage.adapt: "teacher", Stage.generator: "generator", Stage.shared_student: "shared student"}
+
+
+def rounds_of(plan: RunPlan, stage: Stage) -> int:
+    """How many rounds of training ``stage`` has."""
+    parts = {Stage.generator: plan.generator.rounds, Stage.shared_student: plan.student.rounds}
+    return parts.get(stage, plan.rounds)
 
 
 @dataclass
@@ -48,7 +54,7 @@ class Training:
 
     @property
     def _config(self) -> AggregationConfig:
-        return self.rounds.plan.aggregation
+        return self.rule.config
 
     def down(self, site: str) -> Adapter:
         """What ``site`` is sent now, as it travels."""
@@ -87,8 +93,7 @@ class Training:
             return
         sent = sent_to(self.rule, answers.sites())
         plan = self.rounds.plan
-        of_rounds = plan.rounds if self.stage is Stage.adapt else plan.generator.rounds
-        settled = settle(answers, self.rule, self._config, sent, progress=index / of_rounds)
+        settled = settle(answers, self.rule, self._config, sent, progress=index / rounds_of(plan, self.stage))
         answers.clear()
         collection.sites = settled.taken
         collection.rejected += settled.rejected

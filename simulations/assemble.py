@@ -20,6 +20,7 @@ from common.canonical import sha256_of_file
 from common.config import recipe_digest
 from common.errors import ArtefactError
 from common.guard_api import StudentNote
+from common.names import POOLED_BASELINES
 from common.plan import RunPlan
 from common.recipe import Recipe
 from common.teacher import resident_teacher
@@ -34,6 +35,7 @@ from server.report.schema import (
     SyntheticEntry,
     TeacherEntry,
 )
+from simulations.baselines import train_pooled
 from simulations.crosstest import cross_test, to_cell
 from simulations.pictures import site_pictures
 from simulations.privacy_record import privacy_entry
@@ -44,7 +46,9 @@ PACKAGES = ("wardround", "torch", "flwr", "peft", "diffusers", "monai", "transfo
 def assemble_report(
     recipe: Recipe, out: Path, outcome: RunOutcome, started: tuple[datetime, float, float]
 ) -> RunReport:
-    """Test across sites, draw the pictures and put every number in its place.
+    """Train what only a simulation can, test across sites, draw the pictures, put every number in its place.
+
+    Each site's patients' own values are left in its folder (`simulations.values`).
 
     Args:
         started: the moment, ``time.perf_counter()`` and processor seconds when this process began the run.
@@ -58,11 +62,16 @@ def assemble_report(
         for name, answer in sorted(outcome.metrics.items())
         for metric in answer.metrics
     ]
+    pooled = [name for name in recipe.baselines if name in POOLED_BASELINES]
+    train_pooled(pooled, schooled, plan)
+    crossed = cross_test(schooled, plan, adapter, pooled)
+    for site in schooled:
+        crossed.values[site.name].save(site.folder)
     return RunReport(
         sites=[_site_entry(site, outcome, plan) for site in sites],
         teacher=_teacher_entry(plan, adapter),
         rounds=outcome.rounds,
-        benefit=[*own, *cross_test(schooled, plan, adapter)],
+        benefit=[*own, *crossed.cells],
         students={site.name: _student_entry(site, outcome.notes[site.name]) for site in schooled},
         synthetic={name: _synthetic_entry(note) for name, note in sorted(outcome.notes.items())},
         privacy={site.name: privacy_entry(site, plan) for site in sites},
@@ -133,11 +142,12 @@ def _teacher_entry(plan: RunPlan, adapter: Adapter) -> TeacherEntry:
 def _student_entry(site: Site, note: StudentNote) -> StudentEntry:
     """Where the site withheld the digest, the simulation takes it from the site's own file."""
     digest = note.sha256 or sha256_of_file(model_path(site, "student"))
-    return StudentEntry(note.name, note.params, digest, note.latency_ms, note.teacher_latency_ms)
+    return StudentEntry(note.name, note.params, digest, note.latency_ms, note.teacher_latency_ms, note.start)
 
 
 def _synthetic_entry(note: StudentNote) -> SyntheticEntry:
-    return SyntheticEntry(note.generated, note.kept, note.dropped_inconsistent)
+    dropped = (note.dropped_inconsistent, note.dropped_copy, note.copy_rate)
+    return SyntheticEntry(note.generated, note.kept, *dropped)
 
 
 def _receipts(sites: Path) -> list[EgressEntry]:

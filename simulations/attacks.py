@@ -38,9 +38,10 @@ from client.app import app as client_app
 from common import wire
 from common.adapter import Adapter, AdapterUpdate
 from common.errors import UsageError, WardroundError
+from common.names import ROBUST_ESTIMATORS
 from common.plan import Stage
 from common.precision import pack, unpack
-from common.recipe import ROBUST_ESTIMATORS, GeneratorScope, Recipe
+from common.recipe import GeneratorScope, Recipe
 from common.schema_check import choose_from
 from common.seeding import derive_seed
 from common.teacher import teacher_for

@@ -83,6 +83,8 @@ def synthetic_panel(
         caption = (
             "Above: real training images of this site. Below: synthetic images in this site's own style."
         )
+    if plan.generator.scope == "recolour":
+        caption = "Above: real training images of this site. Below: such images in the colours of all sites."
     rows = [tile[:, :width] for tile in tiles]
     return Picture(site.name, "synthetic", caption, ["real (above), synthetic (below)"], _png(_join(rows, 0)))
 

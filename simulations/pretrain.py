@@ -1,4 +1,8 @@
-"""Make the shipped initial weights again: ``python -m simulations.pretrain [teacher|student|generator ...]``.
+"""Make the shipped initial weights again: ``python -m simulations.pretrain [MODEL ...]``.
+
+A model is ``teacher``, ``generator`` or a student by its name. ``vit-tiny`` is not among those that ship: it
+would be 12 MB in the repository, and MAE on a site's own images is its usual start. Who wants it makes it
+here and adds its name to ``SHIPPED_STUDENTS`` (common/recipe.py), at every site of the consortium.
 
 Every image is procedural (`simulations.scenes`). Steps, not seconds, decide when a training ends, and all
 randomness comes from one seed, so the same machine and thread count give the same weights.
@@ -9,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from client.students import UNetXS
+from client.students import STUDENTS
 from client.style import style_vector
 from common import checkpoints, progress
 from common.backbones import build_backbone
 from common.backbones.base import Backbone
 from common.generator import StyleDiffusion, diffusion_loss
+from common.names import SHIPPED_STUDENTS
 from common.seeding import derive_rng, derive_seed
 from common.teacher import HEADS, TINY, Teacher
 from simulations.scenes import KINDS, TARGETS, scene_bank
@@ -38,9 +44,10 @@ TINY_SAM: dict[str, Any] = {
 SCENES = 6000
 TISSUES = 9000
 VALIDATION = 120
+REAL_LOOKING = "procedural scenes only (simulations/scenes.py, simulations/tissues.py); no real image"
 LICENCE = "Apache-2.0"
 HEAD_WEIGHT = torch.tensor([2.0, 1.0, 1.0, 0.5, 0.5])  # thin structures first: they are the last to start
-SHIPPED = {"teacher": "ward-sam-tiny", "student": "unet-xs", "generator": "ward-diffusion-tiny"}
+SHIPPED = {"teacher": "ward-sam-tiny", "generator": "ward-diffusion-tiny"}  # a student is called as its kind
 
 
 @dataclass(frozen=True)
@@ -211,26 +218,60 @@ def pretrain_teacher(seed: int, steps: int, device: str = "cpu") -> None:
         "encoder": {"family": "sam", "config": TINY_SAM},
         "preprocessing": {"mean": TINY.mean, "std": TINY.std, "channel_order": "RGB", "range": [0, 1]},
         "multi_scale": network.multi_scale,
-        "trained_on": "procedural scenes only (simulations/scenes.py, simulations/tissues.py); no real image",
+        "trained_on": REAL_LOOKING,
         "device": device,
     }
     measured = {"heads": list(HEADS), "validation_dice": dice, "losses": losses}
-    _ship("teacher", network.half(), seed, steps, {**more, **measured})
+    _ship("teacher", "teacher", network.half(), (seed, steps), {**more, **measured})
 
 
-def pretrain_student(seed: int, steps: int) -> None:
-    torch.manual_seed(derive_seed(seed, "student", "init"))
-    network = UNetXS(len(HEADS))
-    bank, held_out = Bank.make(derive_seed(seed, "scenes"), SCENES), Bank.make(seed + 1, VALIDATION)
-    rng = derive_rng(seed, "student", "batches")
+@dataclass(frozen=True)
+class StudentCourse:
+    """How one kind of student is pre-trained.
+
+    Attributes:
+        rate: learning rate. steps: as shipped.
+        tissues: also scenes closer to cameras and microscopes, and half precision on the disk and, where the
+            processor can, in training. Not for the first student, which shipped before there were any.
+    """
+
+    rate: float
+    steps: int
+    tissues: bool = True
+
+
+COURSES = {
+    "unet-xs": StudentCourse(3e-3, 2000, tissues=False),
+    "unet-s": StudentCourse(2e-3, 1500),
+    "mobile": StudentCourse(3e-3, 2000),
+    "vit-tiny": StudentCourse(1e-3, 2000),
+}
+
+
+def pretrain_student(kind: str, seed: int, steps: int) -> None:
+    """One student of ``kind``, a name in `STUDENTS`."""
+    course = COURSES[kind]
+    # "student" is what the first one was called when it was made: another word would be other weights.
+    name = "student" if kind == "unet-xs" else kind
+    torch.manual_seed(derive_seed(seed, name, "init"))
+    network = STUDENTS[kind](len(HEADS))
+    more = TISSUES if course.tissues else 0
+    bank = Bank.make(derive_seed(seed, "scenes"), SCENES, tissues=more)
+    held_out = Bank.make(seed + 1, VALIDATION, tissues=VALIDATION if course.tissues else 0)
+    rng = derive_rng(seed, name, "batches")
 
     def loss_at(step: int) -> Tensor:
         image, target, _ = bank.draw(rng, 16, curriculum(step, steps))
-        return segmentation_loss(network(image), target)
+        with torch.autocast("cpu", torch.bfloat16, enabled=course.tissues):
+            logits = network(image)
+        return segmentation_loss(logits.float(), target)
 
-    losses = fit(network, steps, {"": 3e-3}, loss_at)
-    dice = head_dice(network, held_out)
-    _ship("student", network, seed, steps, {"heads": list(HEADS), "validation_dice": dice, "losses": losses})
+    losses = fit(network, steps, {"": course.rate}, loss_at)
+    ready = network.half().float() if course.tissues else network  # as it ships
+    about = {"heads": list(HEADS), "validation_dice": head_dice(ready, held_out), "losses": losses}
+    if course.tissues:
+        about["trained_on"] = REAL_LOOKING
+    _ship("student", kind, network.half() if course.tissues else network, (seed, steps), about)
 
 
 def dim(image: Tensor, rng: np.random.Generator) -> Tensor:
@@ -269,10 +310,12 @@ def pretrain_generator(seed: int, steps: int) -> None:
         return diffusion_loss(network, torch.stack(images), torch.stack(masks), torch.stack(styles), noise)
 
     losses = fit(network, steps, {"": 1.5e-3}, loss_at)
-    _ship("generator", average.module, seed, steps, {"losses": losses})
+    _ship("generator", "generator", average.module, (seed, steps), {"losses": losses})
 
 
-def _ship(kind: str, network: nn.Module, seed: int, steps: int, more: dict[str, object]) -> None:
+def _ship(kind: str, maker: str, network: nn.Module, made: tuple[int, int], more: dict[str, object]) -> None:
+    """Write weights and card. ``maker``: the name that made them. ``made``: seed and steps."""
+    seed, steps = made
     about = {
         "kind": kind,
         "params": sum(parameter.numel() for parameter in network.parameters()),
@@ -281,34 +324,41 @@ def _ship(kind: str, network: nn.Module, seed: int, steps: int, more: dict[str, 
         "steps": steps,
         "trained_on": "procedural scenes only (simulations/scenes.py); no real image",
         "licence": LICENCE,
-        "reproduce": f"python -m simulations.pretrain {kind} --seed {seed} --steps {steps}",
+        "reproduce": f"python -m simulations.pretrain {maker} --seed {seed} --steps {steps}",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "intended_use": "a starting point for training; not a medical device and not useful as it is",
         **more,
     }
-    checkpoints.save(SHIPPED[kind], network.state_dict(), about)
+    checkpoints.save(SHIPPED.get(maker, maker), network.state_dict(), about)
 
 
-DEFAULT_STEPS = {"teacher": 6000, "student": 2000, "generator": 1600}
+DEFAULT_STEPS = {"teacher": 6000, "generator": 1600, **{kind: one.steps for kind, one in COURSES.items()}}
 MAKERS: dict[str, Callable[..., None]] = {
     "teacher": pretrain_teacher,
-    "student": pretrain_student,
     "generator": pretrain_generator,
+    **{kind: partial(pretrain_student, kind) for kind in COURSES},
 }
+USUAL = ("teacher", "generator", *SHIPPED_STUDENTS)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help="teacher, student, generator (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help=f"{', '.join(MAKERS)} (default: all that ship)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="optimiser steps (default: as shipped)")
     parser.add_argument("--device", default="cpu", help="of the teacher's training (cpu, cuda)")
     given = parser.parse_args()
+    if unknown := [name for name in given.models if name not in MAKERS]:
+        parser.error(f"no model {', '.join(unknown)}; there are: {', '.join(MAKERS)}")
     torch.set_num_threads(1)
-    for kind in given.kinds or MAKERS:
-        on = {"device": given.device} if kind == "teacher" else {}
-        MAKERS[kind](given.seed, given.steps or DEFAULT_STEPS[kind], **on)
+    for name in given.models or USUAL:
+        on = {"device": given.device} if name == "teacher" else {}
+        MAKERS[name](given.seed, given.steps or DEFAULT_STEPS[name], **on)
 
 
 if __name__ == "__main__":

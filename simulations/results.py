@@ -1,7 +1,9 @@
 """Several finished runs as tables: ``python -m simulations.results RUN_DIR ...`` (Markdown on stdout).
 
 Runs of one recipe with other seeds are put together: a number is the mean over seeds, with every seed's own
-value behind it, because a difference from one seed is not a gain.
+value behind it, because a difference from one seed is not a gain. Where the runs kept their patients' values,
+pairs of models are compared on the same patients (`simulations.comparisons`), and the goals are held against
+what was found.
 """
 
 from __future__ import annotations
@@ -12,17 +14,28 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
+from common.errors import ArtefactError, WardroundError
 from server.report.schema import BenefitCell, RunReport
+from simulations.comparisons import RIVALS, comparison_table, goal_lines, load_seeds
 
 ORDER = (
-    "local_only_scratch", "local_only", "no_federation", "no_synthetic", "no_distillation", "student",
-    "local_teacher", "teacher", "personal_teacher",
+    "local_only_scratch", "local_only_mae", "local_only_moco", "local_only",
+    "no_federation", "no_synthetic", "no_distillation", "no_features", "task_agnostic",
+    "random_colour", "augment", "amplitude", "histogram", "recolour", "paint", "student",
+    "fedavg", "fedprox", "fedbn", "feddf", "centralised", "local_teacher", "teacher", "personal_teacher",
 )  # fmt: skip
 CREDITS = (
     ("phantom initialisation", "local_only", "local_only_scratch"),
+    ("MAE on the site's own images", "local_only_mae", "local_only_scratch"),
+    ("MoCo v3 on the site's own images", "local_only_moco", "local_only_scratch"),
+    ("phantom over MAE initialisation", "local_only", "local_only_mae"),
     ("federation", "student", "no_federation"),
     ("synthetic images", "student", "no_synthetic"),
     ("distillation", "student", "no_distillation"),
+    ("the painter over recolouring", "student", "recolour"),
+    ("the painter over procedural paint", "student", "paint"),
+    ("the painter over strong augmentation", "student", "augment"),
+    ("the painter over random colours", "student", "random_colour"),
     ("all of it over local training", "student", "local_only"),
     ("federated over single-site teachers", "teacher", "local_teacher"),
     ("personal part over the federated teacher", "personal_teacher", "teacher"),
@@ -161,13 +174,25 @@ def tables(reports: Sequence[RunReport]) -> str:
     return "\n\n".join("\n".join(part) for part in parts)
 
 
+def paired(runs: Sequence[tuple[Path, RunReport]]) -> str:
+    """Models compared on the same patients, and the goals; one line where a run kept no patients' values."""
+    try:
+        seeds = load_seeds(runs)
+    except ArtefactError as error:
+        return f"No paired comparison: {error}"
+    return "\n".join([*comparison_table(seeds, (*CREDITS, *RIVALS)), "", *goal_lines(seeds)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
-    reports = [RunReport.load(folder / "report.json") for folder in parser.parse_args().runs]
-    for recipe in dict.fromkeys(report.run.recipe for report in reports):
-        mine = [report for report in reports if report.run.recipe == recipe]
-        sys.stdout.write(f"## {recipe}\n\n{tables(mine)}\n\n")
+    try:
+        runs = [(folder, RunReport.load(folder / "report.json")) for folder in parser.parse_args().runs]
+    except WardroundError as error:
+        parser.exit(error.exit_code, f"{error}\n")
+    for recipe in dict.fromkeys(report.run.recipe for _, report in runs):
+        mine = [(folder, report) for folder, report in runs if report.run.recipe == recipe]
+        sys.stdout.write(f"## {recipe}\n\n{tables([report for _, report in mine])}\n\n{paired(mine)}\n\n")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ from simulations.assemble import assemble_report
 from simulations.hospitals import cut_sites
 from simulations.phantoms import write_site
 
-VERIFIED_STEPS = 32  # a longer ledger is left to `wardround privacy page`, which recomputes all of it
+# Recomputed for each page: 5 s of CPU at 80 steps and 20 s at 300, once for sites of one plan. A longer
+# ledger is left to `wardround privacy page`, which recomputes any.
+VERIFIED_STEPS = 400
 
 OFFICER_KEY = "officer.key.pub"  # in a simulated site's folder
 

@@ -15,7 +15,7 @@ from client.students.catalogue import STUDENTS
 from common.canonical import sha256_of_file
 from common.errors import ArtefactError
 from common.plan import rebuild
-from common.recipe import ClassConfig, DataConfig
+from common.recipe import ClassConfig, DataConfig, Start
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class StudentCard:
     run_id: str
     model: str  # student, or the baseline's name
     exclusive: bool = False  # what its logits mean: see `common.probability`
+    start: Start | None = None  # what it was trained from; None: of an earlier version, which did not say
 
     def data_config(self) -> DataConfig:
         return DataConfig(
@@ -52,7 +53,10 @@ class LoadedStudent:
 def save_student(
     student: Student, path: Path, name: str, data: DataConfig, about: dict[str, Any]
 ) -> StudentCard:
-    """Write ``path`` (safetensors) and its card beside it. ``about`` has ``run_id`` and ``model``."""
+    """Write ``path`` (safetensors) and its card beside it.
+
+    ``about`` has ``run_id`` and ``model``, and says the ``start``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.detach().cpu().contiguous() for key, value in student.state_dict().items()}, path)
     card = StudentCard(

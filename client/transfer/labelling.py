@@ -1,22 +1,34 @@
-"""What the teacher says of the images of a transfer set; asked once, and kept."""
+"""What teachers say of the images of a transfer set; asked once, and kept."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from client.generation import SyntheticSet
-from client.transfer.sets import TransferSet
+from client.painters import SyntheticSet
+from client.transfer.sets import TransferSet, join
 from common.probability import logits_of, probabilities
 from common.teacher import Teacher
 
+MIRRORED = 2  # views of an image whose mean probability is the teacher's word
 teacher_calls = 0  # images that passed through a teacher here: tests assert none during a student's training
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """``logits`` (N, C, S, S), ``tokens`` (N, T, h, w) and ``features`` (N, 32, S/2, S/2) of N images."""
+
+    logits: Tensor
+    tokens: Tensor
+    features: Tensor
+
+
 @torch.inference_mode()
-def teacher_logits(teacher: Teacher, images: Tensor, exclusive: bool, views: int = 2) -> Tensor:
+def teacher_logits(teacher: Teacher, images: Tensor, exclusive: bool, views: int = MIRRORED) -> Tensor:
     """Logits (N, C, S, S) of the mean probability over ``views`` (1, 2 or 4) mirrored views.
 
     ``exclusive``: what logits mean, see `common.probability`.
@@ -32,17 +44,65 @@ def teacher_logits(teacher: Teacher, images: Tensor, exclusive: bool, views: int
 
 
 @torch.inference_mode()
-def label_with_teacher(teacher: Teacher, unlabelled: TransferSet, exclusive: bool) -> TransferSet:
-    """``unlabelled`` with what the student is aligned with: the teacher runs over the set once."""
+def teacher_outputs(teacher: Teacher, images: Tensor, exclusive: bool) -> Outputs:
+    """What ``teacher`` says of ``images`` (N, 3, S, S); each passes through it `MIRRORED` times."""
     global teacher_calls
-    tokens, features = [], []
-    for part in unlabelled.images.split(16):
+    logits, tokens, features = [], [], []
+    for part in images.split(16):
         output = teacher(part)
+        teacher_calls += len(part)
         tokens.append(output.tokens.half())
         features.append(output.feature.half())
+        mirrored = teacher(part.flip(3))
         teacher_calls += len(part)
-    logits = teacher_logits(teacher, unlabelled.images, exclusive).half()
-    return replace(unlabelled, logits=logits, tokens=torch.cat(tokens), features=torch.cat(features))
+        seen = [
+            probabilities(output.logits, exclusive),
+            probabilities(mirrored.logits, exclusive).flip(3),
+        ]
+        logits.append(logits_of(torch.stack(seen).mean(0), exclusive).half())
+    return Outputs(torch.cat(logits), torch.cat(tokens), torch.cat(features))
+
+
+def label_with_teacher(teacher: Teacher, unlabelled: TransferSet, exclusive: bool) -> TransferSet:
+    """``unlabelled`` with the teacher's outputs and with the features that a student is aligned with."""
+    return replace(unlabelled, **vars(teacher_outputs(teacher, unlabelled.images, exclusive)))
+
+
+def label_with_ensemble(
+    teachers: Sequence[AbstractContextManager[Teacher]], unlabelled: TransferSet, exclusive: bool
+) -> TransferSet:
+    """``unlabelled`` with the mean of what ``teachers`` say, as in FedDF (Lin et al. 2020): outputs alone.
+
+    Their probabilities are averaged, not their logits: a teacher that is sure should not outvote the rest.
+    They are entered one after the other, for adapters that share one network (`SiteTeachers.visit`).
+    """
+    seen = []
+    for visit in teachers:
+        with visit as network:
+            seen.append(teacher_logits(network, unlabelled.images, exclusive))
+    return replace(unlabelled, logits=mean_logits(seen, exclusive))
+
+
+def mean_logits(seen: Sequence[Tensor], exclusive: bool) -> Tensor:
+    """The logits, float16, of the mean probability of several teachers' logits (N, C, S, S)."""
+    total = torch.stack([probabilities(logits.float(), exclusive) for logits in seen])
+    return logits_of(total.mean(0), exclusive).half()
+
+
+def gather(
+    real: tuple[Tensor, Tensor] | None, synthetic: SyntheticSet | None, masked: bool = False
+) -> TransferSet | None:
+    """Real crops and then synthetic images, without labels of a teacher; None where there is no image.
+
+    ``masked``: only the images that have a mask to be learned from without a teacher, the synthetic ones.
+    """
+    parts = []
+    if real is not None and not masked:
+        parts.append(TransferSet(*real, torch.zeros(len(real[0]), dtype=torch.bool)))
+    if synthetic is not None and len(synthetic):
+        painted = torch.ones(len(synthetic), dtype=torch.bool)
+        parts.append(TransferSet(synthetic.images, synthetic.masks, painted))
+    return join(parts)
 
 
 def assemble_transfer_set(
@@ -52,16 +112,7 @@ def assemble_transfer_set(
     exclusive: bool,
 ) -> TransferSet | None:
     """Join real crops and synthetic images and label both; without a teacher only masked ones are usable."""
-    images, masks, flags = [], [], []
-    if real is not None and teacher is not None:
-        images.append(real[0])
-        masks.append(real[1])
-        flags.append(torch.zeros(len(real[0]), dtype=torch.bool))
-    if synthetic is not None and len(synthetic):
-        images.append(synthetic.images)
-        masks.append(synthetic.masks)
-        flags.append(torch.ones(len(synthetic), dtype=torch.bool))
-    if not images:
-        return None
-    joined = TransferSet(torch.cat(images), torch.cat(masks), torch.cat(flags))
-    return joined if teacher is None else label_with_teacher(teacher, joined, exclusive)
+    joined = gather(real, synthetic, masked=teacher is None)
+    if joined is None or teacher is None:
+        return joined
+    return label_with_teacher(teacher, joined, exclusive)

@@ -19,9 +19,10 @@ MOST_CROPS = 192
 class TransferSet:
     """Images to learn from beside the labelled ones, with everything the teacher said of them.
 
-    ``images`` (N, 3, S, S); ``logits`` (N, C, S, S) float16 or None where no teacher is used; ``tokens``
-    (N, T, h, w) and ``features`` (N, 32, S/2, S/2) float16; ``masks`` (N, C, S, S), NaN where there is
-    none; ``synthetic`` (N,) bool.
+    ``images`` (N, 3, S, S); ``logits`` (N, C, S, S) float16 or None where no teacher's outputs are learned;
+    ``tokens`` (N, T, h, w) and ``features`` (N, 32, S/2, S/2) float16 or bfloat16, or None where no features
+    are; ``masks`` (N, C, S, S), NaN where there is none; ``synthetic`` (N,) bool; ``views`` (N,) seeds of
+    `client.transfer.views`, or None where every image is as it is.
     """
 
     images: Tensor
@@ -30,23 +31,23 @@ class TransferSet:
     logits: Tensor | None = None
     tokens: Tensor | None = None
     features: Tensor | None = None
+    views: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def select(self, keep: Tensor) -> TransferSet:
         """The rows that ``keep`` (bool or indices) names."""
-        rest = [None if part is None else part[keep] for part in (self.logits, self.tokens, self.features)]
-        return TransferSet(self.images[keep], self.masks[keep], self.synthetic[keep], *rest)
+        return TransferSet(*(None if part is None else part[keep] for part in vars(self).values()))
 
 
 def join(parts: Sequence[TransferSet | None]) -> TransferSet | None:
-    """One set of ``parts`` in their order, all labelled by a teacher; None where there is none."""
+    """One set of ``parts`` in their order, of which a teacher said the same kinds of things; None of none."""
     found = [part for part in parts if part is not None]
     if not found:
         return None
     columns = zip(*(vars(part).values() for part in found), strict=True)
-    return TransferSet(*(torch.cat(column) for column in columns))
+    return TransferSet(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def real_crops(patients: Sequence[Patient], plan: RunPlan, seed: int) -> tuple[Tensor, Tensor]:

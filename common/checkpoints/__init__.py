@@ -57,7 +57,7 @@ def found_teachers() -> list[FoundTeacher]:
     found: list[FoundTeacher] = []
     first: dict[str, Path] = {}
     for folder in dict.fromkeys([FOLDER, *teacher_folders()]):
-        for path in sorted(folder.glob("*.json")):
+        for path in sorted(folder.glob("*.json"), key=lambda path: path.stem):
             about = _teacher_card(path)
             if about is not None:
                 found.append(FoundTeacher(about, folder, first.get(path.stem)))

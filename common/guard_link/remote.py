@@ -55,10 +55,18 @@ class RemoteGuard:
     def train_generator(self, order: Round, adapter: Adapter) -> AdapterUpdate:
         return wire.decode_update(self._ask(order, wire.encode_request(order, adapter)))[1]
 
+    def train_shared_student(self, order: Round, student: Adapter) -> AdapterUpdate:
+        return wire.decode_update(self._ask(order, wire.encode_request(order, student)))[1]
+
     def train_student(
-        self, order: Round, adapter: Adapter, styles: dict[str, StyleSummary], generator: Adapter | None
+        self,
+        order: Round,
+        adapter: Adapter,
+        styles: dict[str, StyleSummary],
+        generator: Adapter | None,
+        student: Adapter | None = None,
     ) -> StudentNote:
-        request = wire.StudentRequest(adapter, styles, generator)
+        request = wire.StudentRequest(adapter, styles, generator, student)
         return wire.decode_note(self._ask(order, wire.encode_student_request(order, request)))
 
     def evaluate(self, order: Round, adapter: Adapter) -> SiteMetrics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 from common.canonical import sha256_of
 from common.durable import write_atomic
 from common.privacy.entries import Entry, EntryType
-from common.privacy.policy import AuditRules, Policy
+from common.privacy.policy import AuditRules, Need, Policy
 
 AUDITS = "audits"  # below the site's folder; stays there
 REHEARSAL, ARTEFACT = "rehearsal", "artefact"  # kinds, as ``detail.kind`` says
+ADAPTER = "adapter"  # ``detail.artefact`` of an audit of what leaves
 
 
 def save_audit(folder: Path, name: str, document: dict[str, Any]) -> dict[str, str]:
@@ -26,6 +28,41 @@ def save_audit(folder: Path, name: str, document: dict[str, Any]) -> dict[str, s
     path = folder / AUDITS / f"{name}.json"
     write_atomic(path, data)
     return {"file": f"{AUDITS}/{path.name}", "sha256": sha256_of(data)}
+
+
+def owed_audits(entries: Sequence[Entry], policy: Policy) -> tuple[list[str], list[str]]:
+    """Runs under ``policy`` without the artefact audit that it requires: ended ones, and others; in words.
+
+    A run owes one if something of it has left: of the adapter, which is what leaves, and after the last of
+    it. It has ended with its last planned step; before that there is no finished teacher to audit.
+    """
+    if policy.audit.artefact_mia is not Need.required:
+        return [], []
+    planned: Counter[str] = Counter()
+    ran: Counter[str] = Counter()
+    waiting: dict[str, bool] = {}
+    for entry in entries:
+        if entry.type is EntryType.plan:
+            planned[entry.run_id] = sum(int(plan["steps"]) for plan in entry.detail["plans"].values())
+        elif entry.type is EntryType.commit and entry.payload and entry.policy_sha256 == policy.digest:
+            ran[entry.run_id] += sum(event.count for event in entry.listed())
+            waiting[entry.run_id] = True
+        elif entry.type is EntryType.audit and _of_adapter(entry.detail):
+            waiting[entry.run_id] = False
+    owing = [run for run, waits in waiting.items() if waits]
+    ended = [run for run in owing if ran[run] >= planned[run]]
+    return [_owed(run) for run in ended], [_owed(run) for run in owing if run not in ended]
+
+
+def _of_adapter(detail: dict[str, Any]) -> bool:
+    return detail["kind"] == ARTEFACT and detail.get("artefact") == ADAPTER
+
+
+def _owed(run: str) -> str:
+    return (
+        f"run {run}: the policy requires an audit of the adapter (audit.artefact_mia), and none is booked "
+        "after the last of it left: run `wardround privacy audit SITE_FOLDER` at the hospital"
+    )
 
 
 def lately_rehearsed(entries: Sequence[Entry], code: str, now: datetime, policy: Policy | None) -> bool:

@@ -186,7 +186,8 @@ def verify_command(bundle: Path, as_json: bool, **options: Any) -> None:
         for line in _finding_lines(found):
             click.echo(line)
     if not found.holds:
-        raise VerificationFailed("the record does not hold", found.faults)
+        what = "the record does not hold" if found.faults else "the record lacks what its policy requires"
+        raise VerificationFailed(what, [*found.faults, *found.owed])
 
 
 def _verified(bundle: Path, options: dict[str, Any]) -> Findings:
@@ -217,6 +218,8 @@ def _finding_lines(found: Findings) -> list[str]:
     facts = found.facts
     lines = [f"{name:<10} {json.dumps(value, ensure_ascii=False)}" for name, value in facts.items()]
     lines += [f"caution: {caution}" for caution in found.cautions]
+    if found.owed and not found.faults:
+        return [*lines, "AN AUDIT IS OWED; the record holds otherwise"]
     return [*lines, "the record holds" if found.holds else "THE RECORD DOES NOT HOLD"]
 
 

@@ -165,13 +165,15 @@ class Ledger:
         """
         return self._spend(EntryType.metric, context, stage, patients, events)
 
-    def declare_unprotected(self, context: Context, stage: str, patients: Iterable[str]) -> int:
-        """Record that something was released without noise: no guarantee for these patients, ever."""
+    def declare_unprotected(
+        self, context: Context, stage: str, patients: Iterable[str], payload: Sequence[Payload] = ()
+    ) -> int:
+        """Record that ``payload`` was released without noise: no guarantee for these patients, ever."""
         with self._transaction():
             cohort, moves = self._members.split(self._members.persons(patients), self._sizes())
             return self._append(
                 EntryType.export, context, stage, cohort=self._written(cohort, moves),
-                events=[Event(0.0, 1.0, 1)],
+                events=[Event(0.0, 1.0, 1)], rest={"payload": list(payload)},
             ).seq  # fmt: skip
 
     def commit(self, reservation: int, payload: Sequence[Payload], executed: Sequence[Event]) -> int:

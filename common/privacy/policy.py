@@ -41,6 +41,14 @@ class StageRule(StrEnum):
     dp_required = "dp_required"  # what leaves comes from noised steps of a plan
 
 
+class SyntheticRelease(StrEnum):
+    """Of which generators synthetic images may leave, by the release gate (`client.curation.release`)."""
+
+    forbidden = "forbidden"
+    dp_required = "dp_required"  # trained on patients by noised steps of a plan
+    dp_or_untrained = "dp_or_untrained"  # those, and ones that were never shown a patient's image
+
+
 class Need(StrEnum):
     required = "required"
     optional = "optional"
@@ -146,6 +154,14 @@ class AuditRules:
 
 
 @dataclass(frozen=True)
+class SyntheticRules:
+    """Synthetic images. ``min_holdout``: patients not trained on, without whom no test of copies counts."""
+
+    release: SyntheticRelease = SyntheticRelease.forbidden
+    min_holdout: int = 30
+
+
+@dataclass(frozen=True)
 class Policy:
     """Times are ISO 8601. ``supersedes_hash`` is the digest of the version before, empty for the first."""
 
@@ -175,6 +191,7 @@ class Policy:
     stages: StageRules = field(default_factory=StageRules)
     payload: PayloadRules = field(default_factory=PayloadRules)
     metrics: MetricRules = field(default_factory=MetricRules)
+    synthetic: SyntheticRules = field(default_factory=SyntheticRules)
     federation: FederationRules = field(default_factory=FederationRules)
     code: CodeRules = field(default_factory=CodeRules)
     randomness: OnlyCsprng = OnlyCsprng.csprng_required
@@ -310,6 +327,7 @@ def _faults(policy: Policy) -> list[str]:
         (0 < policy.delta < 1, "delta: above 0, below 1"),
         (all(cap >= 0 for cap in caps), "max_epsilon_*: at least 0"),
         (policy.min_noise_multiplier > 0, "min_noise_multiplier: above 0"),
+        (policy.synthetic.min_holdout >= 1, "synthetic.min_holdout: at least 1"),
         (0 < policy.discretisation <= 1e-3, "discretisation: above 0, at most 1e-3"),
     ]  # fmt: skip
     found = [text for holds, text in checks if not holds]

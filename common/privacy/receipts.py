@@ -11,6 +11,7 @@ from common.privacy.entries import Entry
 from common.strict_json import read_strictly
 
 NO_MECHANISM = "none"
+SYNTHETIC = "synthetic"  # in place of a stage: images that the release gate let out
 PUBLIC = "public"  # made of public values alone: no mechanism, and nothing to pay for
 
 

@@ -65,7 +65,7 @@ def statement_command(folder: Path, as_json: bool, registry: bool, **options: An
         for sentence in document["statement"]:
             click.echo(f"\n{sentence['title']}. {sentence['text']}")
         click.echo(f"\n{document['disclaimer']}")
-    if document["verification"]["holds"] is False:
+    if document["verification"]["faults"]:
         raise VerificationFailed("the record does not hold", document["verification"]["faults"])
 
 

@@ -2,7 +2,8 @@
 
 Chain, signatures and head; the heads that others witnessed; the policy's signature and whether it was in
 force at each entry; epsilon of every entry, again by PLD with RDP above it; steps against the plan; what left
-against the receipts. The answer depends on the files alone: equal input gives an equal answer, byte for byte.
+against the receipts; audits that the policy requires. The answer depends on the files alone: equal input
+gives an equal answer, byte for byte.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from common.errors import ArtefactError, PolicyRefusal, VerificationFailed
 from common.privacy.accounting import epsilon, rdp_epsilon
+from common.privacy.audits import owed_audits
 from common.privacy.budget import Histories, booked_epsilon, settled, spent_epsilon
 from common.privacy.bundle import CHECKPOINT
 from common.privacy.checkpoint import read_checkpoint
@@ -29,12 +31,13 @@ from common.privacy.policy import (
     SIGNATURE_SUFFIX,
     Policy,
     StageRule,
+    SyntheticRelease,
     check_signature,
     moment,
     policy_from,
 )
 from common.privacy.published import PublishedMetrics
-from common.privacy.receipts import read_receipts, receipt_faults
+from common.privacy.receipts import SYNTHETIC, read_receipts, receipt_faults
 from common.privacy.witness import ROLLED_BACK, chain_keys, heads_of, witness_faults
 from common.strict_json import parse_strictly
 
@@ -57,21 +60,26 @@ class Evidence:
 
 @dataclass
 class Findings:
-    """``faults`` say that the record does not hold, ``cautions`` what it cannot show."""
+    """``faults`` say that the record does not hold, ``cautions`` what it cannot show.
+
+    ``owed``: what the policy requires and the record has not yet; it holds when that is there.
+    """
 
     faults: list[str] = field(default_factory=list)
+    owed: list[str] = field(default_factory=list)
     cautions: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
-        return not self.faults
+        return not self.faults and not self.owed
 
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": 1,
             "holds": self.holds,
             "faults": self.faults,
+            "owed": self.owed,
             "cautions": self.cautions,
             **self.facts,
         }
@@ -91,7 +99,7 @@ def verify(files: Mapping[str, bytes], evidence: Evidence) -> Findings:
         lambda: _steps(entries, found),
         lambda: _published(entries, found),
         lambda: _payloads(entries, files, policy, found),
-        lambda: _audits(entries, found),
+        lambda: _audits(entries, policy, found),
     )
     for check in checks:
         try:
@@ -304,7 +312,7 @@ def _payloads(
     found.faults += receipt_faults(entries, files[RECEIPTS], receipts)
     open_stages = sorted({receipt.stage for receipt in receipts if receipt.mechanism == "none"})
     for stage in open_stages:
-        rule = getattr(policy.stages, stage, None) if policy is not None else None
+        rule = None if policy is None else _rule(policy, stage)
         if policy is not None and rule is not None and rule is not StageRule.dp_required:
             found.faults.append(f"stage {stage}: something left, and the policy says {rule}")
         elif rule is StageRule.dp_required:
@@ -319,7 +327,15 @@ def _payloads(
     }  # fmt: skip
 
 
-def _audits(entries: Sequence[Entry], found: Findings) -> None:
+def _rule(policy: Policy, stage: str) -> StageRule | None:
+    """What ``policy`` says of what leaves in ``stage``; of synthetic images only whether any may."""
+    if stage == SYNTHETIC and policy.synthetic.release is SyntheticRelease.forbidden:
+        return StageRule.forbidden
+    found: StageRule | None = getattr(policy.stages, stage, None)
+    return found
+
+
+def _audits(entries: Sequence[Entry], policy: Policy | None, found: Findings) -> None:
     audits = [entry for entry in entries if entry.type is EntryType.audit]
     for entry in audits:
         upper = entry.detail["upper"] if entry.detail["kind"] == "artefact" else None
@@ -329,6 +345,10 @@ def _audits(entries: Sequence[Entry], found: Findings) -> None:
     rehearsed = [a.seq for a in audits if a.detail["kind"] == "rehearsal" and a.detail["passed"] is True]
     if first is not None and not any(seq < first for seq in rehearsed):
         found.cautions.append("no rehearsal passed before the first reservation")
+    if policy is not None:
+        owed, later = owed_audits(entries, policy)
+        found.owed += owed
+        found.cautions += later
 
 
 def _agrees(recorded: float | None, recomputed: float | None) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TypeAlias
 
-from common.recipe import ALTERNATING_RULES
+from common.names import ALTERNATING_RULES
 from common.tuning.presets import sends_a
 
 

@@ -10,14 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from common.recipe import (
-    ALTERNATING_RULES,
-    FIXED_A_RULES,
-    MIXED_PRESET_RULES,
-    MIXED_RANK_RULES,
-    DecoderTraining,
-    TeacherConfig,
-)
+from common.names import ALTERNATING_RULES, FIXED_A_RULES, MIXED_PRESET_RULES, MIXED_RANK_RULES
+from common.recipe import DecoderTraining, TeacherConfig
 
 GENERATOR = "generator"  # the preset of the generator's adapters, which are no teacher's
 DECODER_RANK = 8  # of factors on the decoder, beside a preset that has no rank of its own

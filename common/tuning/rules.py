@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from common.recipe import SPLIT_RULES, GeneratorScope, Recipe, TeacherConfig
+from common.names import SPLIT_RULES
+from common.recipe import GeneratorScope, Recipe, TeacherConfig
 from common.schema_check import Fault
 from common.tuning.presets import (
     GENERATOR,

@@ -45,6 +45,7 @@ ACTIONS: dict[Stage, str] = {
     Stage.adapt: "train.adapter",
     Stage.style: "query.style",
     Stage.generator: "train.generator",
+    Stage.shared_student: "train.shared_student",
     Stage.student: "train.student",
     Stage.evaluate: "evaluate.site",
 }
@@ -65,11 +66,15 @@ class Refusal:
 
 @dataclass(frozen=True)
 class StudentRequest:
-    """What ``train.student`` carries beside its order. ``generator`` only in the federated scope."""
+    """What ``train.student`` carries beside its order.
+
+    ``generator`` and ``student``, the weights to go on from, each only where its scope is federated.
+    """
 
     adapter: Adapter
     styles: dict[str, StyleSummary]
     generator: Adapter | None
+    student: Adapter | None = None
 
 
 # ---- requests: the server writes, the courier reads ---------------------------------------------
@@ -105,13 +110,17 @@ def encode_student_request(order: Round, request: StudentRequest) -> Content:
     content["body"] = _write({site: asdict(style) for site, style in request.styles.items()})
     if request.generator is not None:
         put_adapter(content, "generator", request.generator)
+    if request.student is not None:
+        put_adapter(content, "student", request.student)
     return content
 
 
 def decode_student_request(content: Content) -> StudentRequest:
     styles = _read(content, "body", dict[str, StyleSummary])
-    generator = decode_adapter(content, "generator") if "generator" in content else None
-    return StudentRequest(decode_adapter(content), styles, generator)
+    generator, student = (
+        decode_adapter(content, part) if part in content else None for part in ("generator", "student")
+    )
+    return StudentRequest(decode_adapter(content), styles, generator, student)
 
 
 # ---- replies: the courier writes, the server reads ----------------------------------------------

@@ -14,7 +14,8 @@ Work = Callable[[GuardApi, Round, wire.Content], wire.Content]
 
 def _student(guard: GuardApi, order: Round, content: wire.Content) -> wire.Content:
     request = wire.decode_student_request(content)
-    return wire.encode_numbers(guard.train_student(order, request.adapter, request.styles, request.generator))
+    note = guard.train_student(order, request.adapter, request.styles, request.generator, request.student)
+    return wire.encode_numbers(note)
 
 
 WORK: dict[Stage, Work] = {
@@ -22,6 +23,7 @@ WORK: dict[Stage, Work] = {
     Stage.adapt: lambda g, o, c: wire.encode_update(o, g.adapt(o, decode_adapter(c))),
     Stage.style: lambda g, o, c: wire.encode_numbers(g.style(o)),
     Stage.generator: lambda g, o, c: wire.encode_update(o, g.train_generator(o, decode_adapter(c))),
+    Stage.shared_student: lambda g, o, c: wire.encode_update(o, g.train_shared_student(o, decode_adapter(c))),
     Stage.student: _student,
     Stage.evaluate: lambda g, o, c: wire.encode_numbers(g.evaluate(o, decode_adapter(c))),
 }

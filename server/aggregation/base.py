@@ -29,8 +29,9 @@ from torch import Tensor
 from common.adapter import FACTOR_SUFFIXES, Adapter, AdapterUpdate
 from common.canonical import canonical_json
 from common.errors import ArtefactError, ConfigError, FederationError
+from common.names import FACTOR_VOTE_RULES
 from common.precision import sendable
-from common.recipe import FACTOR_VOTE_RULES, AggregationConfig
+from common.recipe import AggregationConfig
 from common.robust_rules import vote_fault
 from common.tuning.halves import B_ALONE, BOTH, Half, Halves
 from server.aggregation.momentum import Momentum
@@ -78,9 +79,7 @@ class AggregationRule(ABC):
         self._initial = initial
         self._shares = dict(shares)
         self._whole = whole or Share.of(initial)
-        self._dense = {
-            name: tensor.clone() for name, tensor in initial.tensors.items() if not is_factor(name)
-        }
+        self._dense = {name: t.clone() for name, t in initial.tensors.items() if not is_factor(name)}
         self.momentum = Momentum(self.momentum.factor)
         self._round = None
         self._start_layers(initial)

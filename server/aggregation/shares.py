@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from common.adapter import Adapter
-from common.recipe import ALTERNATING_RULES, FIXED_A_RULES, MIXED_PRESET_RULES, MIXED_RANK_RULES
+from common.names import ALTERNATING_RULES, FIXED_A_RULES, MIXED_PRESET_RULES, MIXED_RANK_RULES
 from common.tuning.presets import halves_fault
 
 

@@ -12,7 +12,7 @@ from server.report.charts import share_bar
 from server.report.schema import RoundRecord
 from server.report.wording import derived
 
-TRAINING = ("adapt", "generator")
+TRAINING = ("adapt", "generator", "shared_student")
 
 
 @dataclass(frozen=True)

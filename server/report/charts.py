@@ -92,7 +92,7 @@ def curves(series: Mapping[str, Sequence[tuple[int, Sequence[float]]]], label: s
     peak = max((value for points in series.values() for _, values in points for value in values), default=0.0)
     across = Scale(0, len(rounds), left, right)
     up = Scale(0.0, peak * 1.04 or 1.0, top + height, top)
-    marks = _frame(up, left, right)
+    marks = frame(up, left, right)
     named = max(1, math.ceil(len(rounds) * ROUND_LABEL / (right - left)))  # one of so many has room
     for place, index in enumerate(rounds):
         if place % named:
@@ -108,7 +108,7 @@ def curves(series: Mapping[str, Sequence[tuple[int, Sequence[float]]]], label: s
         if paths:
             marks.append(_line(number, name, paths))
             ends.append((paths[-1][-1][1], number, name))
-    return picture(top + height + 24, label, *marks, *_end_labels(ends, right + 8, top, top + height))
+    return picture(top + height + 24, label, *marks, *end_labels(ends, right + 8, top, top + height))
 
 
 Point = tuple[float, float]
@@ -133,7 +133,8 @@ def _line(number: int, name: str, paths: Sequence[Sequence[Point]]) -> Markup:
     return element("g", *parts, class_=f"s{number % COLOURS}")
 
 
-def _frame(up: Scale, left: float, right: float) -> list[Markup]:
+def frame(up: Scale, left: float, right: float) -> list[Markup]:
+    """The horizontal lines of a chart with their numbers."""
     marks = []
     for tick in ticks(up.low, up.high):
         y = up.at(tick)
@@ -142,7 +143,7 @@ def _frame(up: Scale, left: float, right: float) -> list[Markup]:
     return marks
 
 
-def _end_labels(ends: Sequence[tuple[float, int, str]], x: float, top: float, bottom: float) -> list[Markup]:
+def end_labels(ends: Sequence[tuple[float, int, str]], x: float, top: float, bottom: float) -> list[Markup]:
     """Names beside the line ends, pushed apart so that none covers another, downwards and then back up."""
     gap, marks = 15.0, []
     places: list[float] = []

@@ -82,7 +82,7 @@ def render(report: RunReport) -> str:
 @cache
 def _environment() -> Environment:
     environment = template_environment(HERE)
-    own = ("model_name", "metric_name", "stage_name", "score", "interval", "tenth", "derived")
+    own = ("model_name", "metric_name", "stage_name", "start_name", "score", "interval", "tenth", "derived")
     environment.filters.update({name: getattr(wording, name) for name in own})
     shared = ("count", "small", "exact", "epsilon", "digest", "when", "listed")
     environment.filters.update({name: getattr(words, name) for name in shared})

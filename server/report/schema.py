@@ -105,11 +105,15 @@ class StudentEntry:
     sha256: str
     latency_ms: float
     teacher_latency_ms: float
+    start: str = ""  # what it was trained from; empty in a report of an earlier version
 
 
 @dataclass(frozen=True)
 class SyntheticEntry:
-    """``copy_rate`` and ``dropped_copy`` are None where no copy test was run."""
+    """``copy_rate`` and ``dropped_copy`` are None where no copy test ran, or the site withheld them.
+
+    What is not counted as kept or dropped was passed over for images with more to learn from.
+    """
 
     generated: int
     kept: int

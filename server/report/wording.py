@@ -8,6 +8,8 @@ MINUS = "\u2212"
 
 MODELS = {  # in the order of the columns: what a site can do alone, then what the federation gives
     "local_only_scratch": "Local only, from scratch",
+    "local_only_mae": "Local only, MAE start",
+    "local_only_moco": "Local only, MoCo start",
     "local_only": "Local only",
     "local_teacher": "Local teacher",
     "teacher": "Shared teacher",
@@ -15,7 +17,21 @@ MODELS = {  # in the order of the columns: what a site can do alone, then what t
     "no_federation": "Student, no federation",
     "no_synthetic": "Student, no synthetic",
     "no_distillation": "Student, no teacher",
+    "no_features": "Student, no features",
+    "task_agnostic": "Student, untuned teacher",
+    "random_colour": "Student, random colours",
+    "augment": "Student, strong augmentation",
+    "amplitude": "Student, amplitude transfer",
+    "histogram": "Student, histogram matching",
+    "recolour": "Student, recoloured crops",
+    "paint": "Student, procedural paint",
     "student": "Student",
+    # what only a simulation can train, with all sites' images or models in one place
+    "fedavg": "FedAvg student (simulated)",
+    "fedprox": "FedProx student (simulated)",
+    "fedbn": "FedBN student (simulated)",
+    "feddf": "Ensemble of local teachers (simulated)",
+    "centralised": "Centralised student (simulated)",
 }
 METRICS = {"dice": "Dice", "nsd": "NSD", "hd95": "HD95"}
 LOWER_IS_BETTER = frozenset({"hd95"})
@@ -24,8 +40,15 @@ STAGES = {
     "adapt": "adapter",
     "style": "style summary",
     "generator": "generator",
+    "shared_student": "shared student",
     "student": "student",
     "evaluate": "evaluation",
+}
+STARTS = {
+    "shipped": "shipped weights",
+    "random": "random weights",
+    "mae": "MAE on its own images",
+    "moco": "MoCo v3 on its own images",
 }
 
 
@@ -39,6 +62,10 @@ def metric_name(metric: str) -> str:
 
 def stage_name(stage: str) -> str:
     return STAGES.get(stage, stage)
+
+
+def start_name(start: str) -> str:
+    return STARTS.get(start, start)
 
 
 def score(value: float, metric: str = "dice") -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.errors import ConfigError
-from common.recipe import VOTING_ESTIMATORS, AggregationConfig
+from common.names import VOTING_ESTIMATORS
+from common.recipe import AggregationConfig
 from common.robust_rules import robust_faults, vote_fault
 from common.schema_check import choose_from
 from server.robust.base import BOUND, Estimate, RobustEstimator

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.recipe import CHANGE_VOTE_RULES
+from common.names import CHANGE_VOTE_RULES
 from server.aggregation import AggregationRule
 from server.geometry import Geometry
 from server.robust.base import Estimate, RobustEstimator

@@ -39,15 +39,9 @@ from common.adapter import Adapter
 from common.code_digest import code_sha256
 from common.config import load_recipe
 from common.errors import UsageError, WardroundError
+from common.names import AGGREGATION_RULES, FIXED_A_RULES, MIXED_RANK_RULES
 from common.plan import Stage, rebuild
-from common.recipe import (
-    AGGREGATION_RULES,
-    FIXED_A_RULES,
-    MIXED_RANK_RULES,
-    GeneratorScope,
-    Recipe,
-    TeacherConfig,
-)
+from common.recipe import GeneratorScope, Recipe, TeacherConfig
 from common.seeding import derive_seed
 from common.teacher import ResidentTeacher, initial_adapter, resident_teacher, teacher_for
 from common.tuning.presets import rank_of, sends_a

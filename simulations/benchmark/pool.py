@@ -60,6 +60,10 @@ class Pool:
 
         ``all`` is the report's figure for a model tested on all sites: every patient counts once.
         """
+        return {key: float(np.mean(found)) for key, found in sorted(self.each(forward).items())}
+
+    def each(self, forward: Forward) -> dict[str, list[float]]:
+        """The Dice of every test patient behind `dice`'s means, the same patients in the same order."""
         values: dict[str, list[float]] = {}
         for site, patients in self.tests.items():
             for patient in patients:
@@ -68,7 +72,7 @@ class Pool:
                 ]
                 for key in ("all", f"site {site}", f"group {patient.samples[0].group or site}"):
                     values.setdefault(key, []).append(float(np.mean(found)))
-        return {key: float(np.mean(found)) for key, found in sorted(values.items())}
+        return values
 
     def _overlap(self, forward: Forward, sample: Sample) -> float:
         """Mean Dice over the classes of one image; 1 where a class is absent and none was found."""

@@ -1,9 +1,11 @@
 """What privacy costs in Dice: a recipe's noised steps at several epsilons, beside training without noise.
 
-``python -m simulations.benchmark.privacy_utility RECIPE [--rows none:0,none:300,8,3:40:0.9] [key=value ...]``
+``python -m simulations.benchmark.privacy_utility RECIPE [--rows none:0,none:300,8,3:40:0.9] [--plot FILE.svg]
+[key=value ...]``
 
 A row is ``EPSILON:STEPS:RATE``; what it leaves out is the recipe's. ``none`` trains without noise: pooled,
-on the same crops, by the optimiser of an ordinary round, and ``none:0`` is the teacher as it ships.
+on the same crops, by the optimiser of an ordinary round, and ``none:0`` is the teacher as it ships. ``best``
+is what would be done if privacy did not matter: the whole decoder, on new crops at every step.
 
 The noised rows are made by what makes them in a run: the plan's calibration, `PrivateGradient` at each site,
 the server's rule with its momentum and its rounding. What a run has besides, and this has not, is the ledger
@@ -16,8 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,95 +39,19 @@ from client.students import load_student
 from client.workshop import Workshop
 from common.adapter import Adapter, AdapterUpdate
 from common.config import load_recipe
-from common.errors import UsageError, WardroundError
+from common.errors import WardroundError
 from common.plan import RunPlan
 from common.precision import pack, unpack
-from common.recipe import GeneratorScope, PrivacyConfig, Recipe
+from common.recipe import DecoderTraining, GeneratorScope, Recipe
 from common.seeding import derive_seed
 from common.teacher import ResidentTeacher, initial_adapter, resident_teacher
 from server.aggregation import Share, build_rule
 from simulations.benchmark.aggregation import CellFile, compare
 from simulations.benchmark.pool import Pool
-from simulations.results import spread
+from simulations.benchmark.privacy_curve import curve, table
+from simulations.benchmark.privacy_rows import Cell, Row
 
 REFERENCE_BATCH = 8  # crops a site and step of training without noise
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to a teacher.
-
-    Attributes:
-        epsilon: of each site's patients; None: no noise and no clip.
-        steps: None: the recipe's noised steps.
-        learning_rate: None: the recipe's, of noised steps or of an ordinary round.
-        patients: that many of each site's labelled ones take part; None: all.
-    """
-
-    epsilon: float | None = None
-    steps: int | None = None
-    learning_rate: float | None = None
-    patients: int | None = None
-
-    @classmethod
-    def parse(cls, text: str, patients: int | None = None) -> Row:
-        """From ``EPSILON:STEPS:RATE``. Raises ``UsageError``."""
-        parts = text.split(":")
-        try:
-            first, steps, rate = (*parts, *[""] * (3 - len(parts)))
-            epsilon = None if first == "none" else float(first)
-            row = cls(epsilon, int(steps) if steps else None, float(rate) if rate else None, patients)
-        except ValueError as error:
-            raise UsageError(
-                f"no row {text!r}: write EPSILON:STEPS:RATE, such as 8, 3:40 or none:300"
-            ) from error
-        if row.epsilon is None and row.steps is None:
-            raise UsageError(f"no row {text!r}: say for how many steps, such as none:300")
-        return row
-
-    def privacy(self, asked: PrivacyConfig) -> PrivacyConfig:
-        """The recipe's settings with the row's own."""
-        return replace(
-            asked,
-            epsilon=self.epsilon,
-            noise_multiplier=None,
-            steps=self.steps or asked.steps,
-            learning_rate=self.learning_rate or asked.learning_rate,
-        )
-
-    def __str__(self) -> str:
-        noise = "no noise" if self.epsilon is None else f"epsilon {self.epsilon:g}"
-        steps = "the recipe’s" if self.steps is None else self.steps
-        return f"{noise}, {steps} steps, {self.patients or 'all'} patients a site"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row with one seed.
-
-    Attributes:
-        dice: of the teacher, as `Pool.dice`.
-        cpu_s: processor seconds of the teacher's training.
-        steps: that were taken.
-        noise: standard deviation, a coordinate, of the noise on a site's mean gradient, in clips.
-        patients: of each site, on average.
-        student: mean Dice of the sites' students, ``own`` on their own test patients, ``worst`` the lowest
-            of these, ``all`` on everybody's; empty: none were trained.
-    """
-
-    row: Row
-    seed: int
-    dice: dict[str, float]
-    cpu_s: float
-    steps: int
-    noise: float
-    patients: float
-    student: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def sites(self) -> list[float]:
-        """The teacher's Dice at each site."""
-        return [value for name, value in self.dice.items() if name.startswith("site ")]
 
 
 @dataclass(frozen=True)
@@ -142,12 +67,20 @@ class Sites:
     @classmethod
     def of(cls, pool: Pool, row: Row) -> Sites:
         """Those of ``pool`` under ``row``: fewer patients if it says so, and its privacy."""
+        whole = replace(pool.recipe.teacher, decoder=DecoderTraining.full)
         recipe = replace(
             pool.recipe,
+            teacher=whole if row.best else pool.recipe.teacher,
             privacy=row.privacy(pool.recipe.privacy),
             generator=replace(pool.recipe.generator, scope=GeneratorScope.none),
         )
-        plan = replace(pool.plan, privacy=recipe.privacy, rounds=recipe.privacy.steps, baselines=[])
+        plan = replace(
+            pool.plan,
+            teacher=recipe.teacher,
+            privacy=recipe.privacy,
+            rounds=recipe.privacy.steps,
+            baselines=[],
+        )
         folders = {site.name: Site.open(_folder(site.manifest)) for site in pool.recipe.sites}
         train = {
             name: [p for p in of_split(site.patients(plan.data, plan.seed), Split.train) if p.labelled]
@@ -233,7 +166,7 @@ def without_noise(sites: Sites, row: Row) -> tuple[Adapter, int]:
         steps=steps,
         batch_size=REFERENCE_BATCH * len(sites.train),
         learning_rate=row.learning_rate or plan.teacher.learning_rate,
-        cached_views=crops,
+        cached_views=0 if row.best else crops,
     )
     plan = replace(plan, rounds=1, teacher=settings)
     seed = derive_seed(plan.seed, "without noise")
@@ -253,43 +186,6 @@ def trained_students(pool: Pool, sites: Sites, adapter: Adapter) -> dict[str, fl
     return {"own": float(np.mean(own)), "worst": min(own), "all": float(np.mean(everywhere))}
 
 
-def table(cells: Sequence[Cell]) -> str:
-    """Markdown, a row each: means over the seeds, each seed's own value behind; *lost* is to the best row.
-
-    The best is that without noise that has the highest mean, for the same number of patients.
-    """
-    head = [
-        "epsilon", "patients a site", "steps", "noise a coordinate", "teacher, mean of the sites (seeds)",
-        "lost", "worst site", "student, own site", "student, worst site", "CPU s",
-    ]  # fmt: skip
-    by_row: dict[Row, list[Cell]] = {}
-    for cell in cells:
-        by_row.setdefault(cell.row, []).append(cell)
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row, found in by_row.items():
-        best = [
-            _mean(them) for one, them in by_row.items() if (one.epsilon, one.patients) == (None, row.patients)
-        ]
-        columns = [
-            "none" if row.epsilon is None else f"{row.epsilon:g}",
-            f"{np.mean([cell.patients for cell in found]):.0f}",
-            str(found[0].steps),
-            f"{np.mean([cell.noise for cell in found]):.4f}",
-            spread(np.mean(cell.sites) for cell in found),
-            f"{max(best) - _mean(found):.3f}" if best else "-",
-            spread(min(cell.sites) for cell in found),
-            spread(cell.student.get("own") for cell in found),
-            spread(cell.student.get("worst") for cell in found),
-            f"{np.mean([cell.cpu_s for cell in found]):.0f}",
-        ]
-        lines.append(f"| {' | '.join(columns)} |")
-    return "\n".join(lines)
-
-
-def _mean(cells: Sequence[Cell]) -> float:
-    return float(np.mean([np.mean(cell.sites) for cell in cells]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -301,6 +197,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--students", action="store_true", help="also train the sites' students")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every cell here")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the curve here")
     given = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     try:
@@ -309,9 +206,12 @@ def main() -> None:
         kept = CellFile(given.json, given.recipe, given.overrides, Cell)
         seeds = [int(seed) for seed in given.seeds.split(",")]
         cells = compare(seeds, rows, kept, lambda pool, row, _: measure(pool, row, given.students))
+        drawn = curve(cells) if given.plot else None
     except WardroundError as error:
         parser.exit(error.exit_code, f"{error}\n")
     sys.stdout.write(table(cells) + "\n")
+    if drawn is not None:
+        given.plot.write_text(drawn, encoding="utf-8")
 
 
 if __name__ == "__main__":

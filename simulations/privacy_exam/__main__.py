@@ -11,6 +11,7 @@ import torch
 from simulations.privacy_exam import (
     accounting,
     audit,
+    copies,
     guard,
     ledger,
     mechanism,
@@ -51,6 +52,7 @@ ITEMS: dict[str, Callable[[], Verdict]] = {
     "27": lambda: audit.item_27(500),
     "28": lambda: audit.item_28(1000),
     "29": lambda: audit.item_29(20),
+    "30": lambda: copies.item_30(copies.Counts()),
     "31": lambda: audit.item_31(200),
     "35": rounds.item_35,
     "36": record.item_36,

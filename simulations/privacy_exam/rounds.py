@@ -20,9 +20,10 @@ from common import wire
 from common.adapter import Adapter, AdapterUpdate
 from common.config import load_recipe
 from common.errors import FederationError
+from common.names import AGGREGATION_RULES, FIXED_A_RULES
 from common.plan import RunPlan, Stage
 from common.privacy.heads import SignedHead
-from common.recipe import AGGREGATION_RULES, FIXED_A_RULES, Recipe
+from common.recipe import Recipe
 from server.phases import Walk
 from server.planning import build_plan
 from simulations.benchmark.aggregation import walked

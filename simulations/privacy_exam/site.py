@@ -9,6 +9,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common.canonical import canonical_json, sha256_of
+from common.privacy.audits import ADAPTER, ARTEFACT
 from common.privacy.bundle import CHECKPOINT
 from common.privacy.checkpoint import signed_checkpoint
 from common.privacy.entries import Context, EntryType, Payload
@@ -37,9 +38,9 @@ def policy_for(officer: Ed25519PrivateKey, **changes: object) -> Policy:
     return policy_from(plain | changes, "the exam's policy")
 
 
-def make_site(folder: Path, officer: Ed25519PrivateKey) -> Ledger:
-    """One whole run of `PLAN`, a round a step, committed and checkpointed."""
-    policy = policy_for(officer)
+def make_site(folder: Path, officer: Ed25519PrivateKey, policy: Policy | None = None) -> Ledger:
+    """One whole run of `PLAN`, a round a step, committed, audited and checkpointed; `policy_for` it."""
+    policy = policy or policy_for(officer)
     ledger = Ledger.create(folder, SITE, policy.caps)
     sign_policy(policy, folder, officer)
     run = Context("run-1", "d" * 64, policy.digest, "c" * 64)
@@ -53,6 +54,8 @@ def make_site(folder: Path, officer: Ed25519PrivateKey) -> Ledger:
         with (folder / RECEIPTS).open("a", encoding="utf-8") as file:
             file.write(canonical_json(asdict(receipt)) + "\n")
         ledger.commit(seq, [Payload(receipt.name, digest, receipt.bytes)], [PLAN.event(1)])
+    audited = {"kind": ARTEFACT, "artefact": ADAPTER, "lower": 0.0, "upper": PLAN.epsilon()}
+    ledger.record(EntryType.audit, run, audited)
     ledger.record(EntryType.checkpoint, Context(), {"officer": public_key(officer)})
     (folder / CHECKPOINT).write_text(signed_checkpoint(SITE, ledger.head, officer))
     return ledger

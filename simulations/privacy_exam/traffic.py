@@ -22,7 +22,7 @@ from client.account import MECHANISM
 from client.patients import Split, of_split
 from client.private_adaptation import learning_rate
 from client.site import Site
-from client.students import build_student
+from client.students import build_student, start_of
 from common import wire
 from common.adapter import Adapter, AdapterUpdate
 from common.guard_api import Metric, PlanAnswer, SiteCounts, SiteMetrics, StudentNote
@@ -115,7 +115,8 @@ def _is_public_note(watched: Watched, site: str, content: wire.Content) -> bool:
     """Whether a note holds the student's architecture, two times of a blank image, and zeros."""
     name, data = watched.plan.student.name, watched.plan.data
     params = sum(part.numel() for part in build_student(name, data, False, 0).parameters())
-    public = StudentNote(site, name, params, "", 0.0, 0.0, 0, 0, 0)
+    start = start_of(name, watched.plan.student.start)
+    public = StudentNote(site, name, params, "", 0.0, 0.0, 0, 0, 0, start=start)
     sent = wire.decode_note(content)
     note = replace(sent, latency_ms=0.0, teacher_latency_ms=0.0, ledger_head=None)
     return set(content) == {"body"} and note == public and _is_head(sent.ledger_head)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common import recipe
+from common import names, recipe
 from tests.architecture.sources import PACKAGES, ROOT, functions_of, modules, name_of
 
 FILE_LINES = 400
@@ -89,12 +89,14 @@ def test_the_names_in_the_recipe_are_those_of_the_registries() -> None:
     from common.teacher import HEADS
     from common.tuning.presets import PRESETS
     from server.aggregation import RULES
+    from simulations.baselines import MAKERS
 
-    assert set(recipe.STUDENTS) == set(STUDENTS)
-    assert set(recipe.AGGREGATION_RULES) == set(RULES)
-    assert sorted(recipe.ADAPTER_PRESETS) == sorted(PRESETS)
-    assert recipe.PRETRAINED_HEADS == HEADS
-    assert set(recipe.BASELINES) == {*VARIANTS, LOCAL_TEACHER} - {"student"}
+    assert set(names.STUDENTS) == set(STUDENTS)
+    assert set(names.AGGREGATION_RULES) == set(RULES)
+    assert sorted(names.ADAPTER_PRESETS) == sorted(PRESETS)
+    assert names.PRETRAINED_HEADS == HEADS
+    assert set(names.BASELINES) == {*VARIANTS, LOCAL_TEACHER, *MAKERS} - {"student"}
+    assert set(names.POOLED_BASELINES) == set(MAKERS)
 
 
 def test_the_models_in_the_recipe_are_those_that_ship() -> None:
@@ -103,18 +105,19 @@ def test_the_models_in_the_recipe_are_those_that_ship() -> None:
     shipped: dict[str, set[str]] = {}
     for name in checkpoints.names():
         shipped.setdefault(checkpoints.card(name)["kind"], set()).add(name)
+    assert set(names.SHIPPED_STUDENTS) <= set(names.STUDENTS)  # vit-tiny: 12 MB, and MAE is its start
     assert shipped == {
-        "teacher": set(recipe.TEACHERS),
-        "generator": set(recipe.GENERATORS),
-        "student": set(recipe.STUDENTS),
+        "teacher": set(names.TEACHERS),
+        "generator": set(names.GENERATORS),
+        "student": set(names.SHIPPED_STUDENTS),
     }
 
 
 def test_a_default_recipe_uses_names_that_exist() -> None:
     defaults = recipe.Recipe()
-    assert defaults.teacher.name in recipe.TEACHERS
-    assert defaults.teacher.adapter in recipe.ADAPTER_PRESETS
-    assert defaults.student.name in recipe.STUDENTS
-    assert defaults.generator.name in recipe.GENERATORS
-    assert defaults.aggregation.rule in recipe.AGGREGATION_RULES
-    assert set(defaults.baselines) <= set(recipe.BASELINES)
+    assert defaults.teacher.name in names.TEACHERS
+    assert defaults.teacher.adapter in names.ADAPTER_PRESETS
+    assert defaults.student.name in names.SHIPPED_STUDENTS
+    assert defaults.generator.name in names.GENERATORS
+    assert defaults.aggregation.rule in names.AGGREGATION_RULES
+    assert set(defaults.baselines) <= set(names.BASELINES)

@@ -28,7 +28,7 @@ def test_the_hospitals_modules_were_found() -> None:
     assert {"client.app", "client.guard", "client.egress", "client.data"} <= {
         name_of(path) for path in HOSPITAL
     }
-    assert len(VERBS) == 6
+    assert len(VERBS) == 7
 
 
 @pytest.mark.parametrize("path", HOSPITAL, ids=name_of)
@@ -46,9 +46,20 @@ def test_the_courier_sees_no_image() -> None:
     assert not faults
 
 
-def test_only_the_guard_holds_the_exit() -> None:
+def test_only_the_guard_and_the_release_gate_hold_the_exit() -> None:
+    """The guard for messages; the gate for files that the hospital's own people take out."""
     holders = {name_of(path) for path in HOSPITAL if "client.egress" in imports_of(path)}
-    assert holders == {"client.guard"}
+    assert holders == {"client.guard", "client.curation.release"}
+
+
+def test_of_the_exit_the_release_gate_has_the_parcel_alone_and_the_guard_not() -> None:
+    assert from_the_exit("client/curation/release.py") == {"Parcel", "Receipt", "release_parcel"}
+    assert from_the_exit("client/guard.py") == {"Egress", "Noised"}
+
+
+def from_the_exit(file: str) -> set[str]:
+    imports = [node for node in ast.walk(tree_of(ROOT / file)) if isinstance(node, ast.ImportFrom)]
+    return {name.name for node in imports if node.module == "client.egress" for name in node.names}
 
 
 def test_only_what_trains_and_measures_handles_personal_adapters() -> None:

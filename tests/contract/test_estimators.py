@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError
-from common.recipe import (
+from common.names import (
     AGGREGATION_RULES,
     ALTERNATING_RULES,
     CHANGE_VOTE_RULES,
@@ -20,8 +20,8 @@ from common.recipe import (
     FIXED_A_RULES,
     ROBUST_ESTIMATORS,
     VOTING_ESTIMATORS,
-    AggregationConfig,
 )
+from common.recipe import AggregationConfig
 from common.robust_rules import robust_faults
 from server.robust import AUTO, BOUND, ESTIMATORS, choose_estimator
 from server.robust.multi_krum import LEFT_OUT

@@ -12,7 +12,7 @@ import tests.contract.test_aggregation
 import tests.contract.test_factor_rules
 import tests.contract.test_mixed_rank_rules  # noqa: F401 - their classes are counted
 from common.errors import ConfigError
-from common.recipe import (
+from common.names import (
     AGGREGATION_RULES,
     ALTERNATING_RULES,
     FIXED_A_RULES,
@@ -20,8 +20,8 @@ from common.recipe import (
     MIXED_RANK_RULES,
     PERSONAL_RULES,
     SPLIT_RULES,
-    AggregationConfig,
 )
+from common.recipe import AggregationConfig
 from common.tuning.presets import mix_faults
 from server.aggregation import RULES, Share, build_rule
 from server.aggregation.exact_split import ExactSplit

@@ -24,7 +24,7 @@ def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Recipe:
 
 
 def test_every_recipe_was_found() -> None:
-    known = {"demo", "five", "nuclei", "nuclei-dp", "phantom-dp", "retina", "smoke"}
+    known = {"demo", "five", "nuclei", "nuclei-dp", "phantom-dp", "retina", "smoke", "speckle"}
     assert {path.stem for path in RECIPES} >= known
     assert [path.stem for path in RECIPES] == [name for name, _ in list_recipes()]
     assert sorted(path.name for path in CONFIG_DIR.rglob("*.y*ml")) == sorted(

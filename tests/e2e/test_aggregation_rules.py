@@ -8,8 +8,8 @@ import pytest
 
 import client.rounds
 from common.adapter import Adapter
+from common.names import FIXED_A_RULES
 from common.plan import Stage
-from common.recipe import FIXED_A_RULES
 from server.report.schema import RoundRecord
 from tests.e2e import walks
 

@@ -21,7 +21,7 @@ import client.generation
 import common.generator
 import common.teacher
 import simulations.simulate
-from client.generation import SyntheticSet
+from client.painters import SyntheticSet
 from client.site import Site
 from common import wire
 from common.config import load_recipe

@@ -95,7 +95,7 @@ def test_python_m_wardround_is_the_command() -> None:
     result = wardround("recipes")
     assert result.returncode == 0
     names = [line.split()[0] for line in result.stdout.splitlines()]
-    assert names == ["demo", "five", "nuclei", "nuclei-dp", "phantom-dp", "retina", "smoke"]
+    assert names == ["demo", "five", "nuclei", "nuclei-dp", "phantom-dp", "retina", "smoke", "speckle"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from client.dp import canaries, dress_rehearsal
 from tests.e2e import walks
 
 PRIVATE = (
@@ -41,15 +42,22 @@ def signed(elsewhere: Path) -> tuple[str, ...]:
 
 
 def test_a_draft_that_is_signed_as_it_is_lets_that_run_pass_and_no_looser_one(
-    signed: tuple[str, ...],
+    signed: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(dress_rehearsal, "THOROUGH_NOISE", 50_000)
+    monkeypatch.setattr(dress_rehearsal, "CANARIES", 100)
+    monkeypatch.setattr(canaries, "STEPS_A_WORLD", 60)
     same = walks.invoke(
         "simulate", "smoke", "--out", "same", "privacy.noise_multiplier=1.5", *PRIVATE, *signed
     )
     assert same.exit_code == 0, same.output
-    verified = walks.invoke(
-        "privacy", "verify", "--bundle", "same/sites/east", "--officer-key", "officer.key.pub", "--json"
-    )
+    verify = ("privacy", "verify", "--bundle", "same/sites/east", "--officer-key", "officer.key.pub")
+    owing = walks.invoke(*verify)
+    assert owing.exit_code == 22, "the draft requires an audit of what left"
+    assert owing.stdout.endswith("AN AUDIT IS OWED; the record holds otherwise\n")
+    assert "wardround privacy audit" in owing.stderr
+    assert walks.invoke("privacy", "audit", "same/sites/east").exit_code == 0
+    verified = walks.invoke(*verify, "--json")
     assert verified.exit_code == 0, verified.output
     assert json.loads(verified.stdout)["policy"]["id"] == "east-privacy"
     for looser, field in {

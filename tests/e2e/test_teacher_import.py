@@ -17,6 +17,7 @@ from common.config import load_recipe
 from common.errors import ConfigError
 from common.foundation.catalogue import CATALOGUE
 from common.foundation.layouts import layouts
+from common.names import TEACHERS
 from tests.e2e import walks
 from tests.foundation_checkpoints import hub_tensors, model, weightless, write_folder
 from wardround import main
@@ -69,7 +70,7 @@ def test_an_import_says_how_to_use_the_teacher_and_that_works(monkeypatch: pytes
     monkeypatch.setenv(checkpoints.VARIABLE, str(folder))
     assert load_recipe("smoke", ["teacher.name=mine"]).teacher.name == "mine"
     listed = run("list")
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["ward-sam-tiny", "mine"]
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == [*TEACHERS, "mine"]
     assert not listed.stderr
 
 
@@ -162,7 +163,7 @@ def test_a_name_defined_twice_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv(checkpoints.VARIABLE, "one:two")
     result = run("list", "--json")
     assert "warning: mine in two is not used: one has one too" in result.stderr
-    assert [card["name"] for card in json.loads(result.stdout)] == ["ward-sam-tiny", "mine"]
+    assert [card["name"] for card in json.loads(result.stdout)] == [*TEACHERS, "mine"]
 
 
 def test_the_known_checkpoints_are_listed_with_their_licence() -> None:

@@ -26,6 +26,7 @@ from common.precision import pack, unpack
 from common.privacy.heads import SignedHead
 from common.recipe import GeneratorScope, Recipe
 from common.seeding import derive_seed
+from common.shared_student import SHARED_STUDENT
 from common.style import STYLE_BOUNDS, StyleGroup, StyleSummary
 from common.tuning.halves import trained_halves
 from common.tuning.presets import GENERATOR
@@ -57,7 +58,13 @@ def first_adapters(recipe: Recipe) -> FirstAdapters:
     federated = recipe.generator.scope is GeneratorScope.federated
     generator = replace(first_adapter(), preset=GENERATOR)
     ranks = dict.fromkeys([2, *(site.rank for site in recipe.sites if site.rank is not None)])
-    return FirstAdapters([first_adapter(rank) for rank in ranks], generator if federated else None)
+    student = replace(first_adapter(), preset=SHARED_STUDENT, rank=0)
+    student = replace(student, tensors={"head.weight": student.tensors["decoder.head.weight"]})
+    return FirstAdapters(
+        [first_adapter(rank) for rank in ranks],
+        generator if federated else None,
+        student if recipe.student.federated else None,
+    )
 
 
 class FakeGuard:
@@ -87,6 +94,9 @@ class FakeGuard:
     def train_generator(self, order: Round, adapter: Adapter) -> AdapterUpdate:
         return self._train(order, adapter)
 
+    def train_shared_student(self, order: Round, student: Adapter) -> AdapterUpdate:
+        return self._train(order, student)
+
     def style(self, order: Round) -> StyleSummary:
         self._wrong(order)
         middle = [(low + high) / 2 for low, high in STYLE_BOUNDS]
@@ -95,10 +105,15 @@ class FakeGuard:
         return summary
 
     def train_student(
-        self, order: Round, adapter: Adapter, styles: dict[str, StyleSummary], generator: Adapter | None
+        self,
+        order: Round,
+        adapter: Adapter,
+        styles: dict[str, StyleSummary],
+        generator: Adapter | None,
+        student: Adapter | None = None,
     ) -> StudentNote:
         self._wrong(order)
-        digest = unpack(generator or adapter).digest
+        digest = unpack(student or generator or adapter).digest
         note = StudentNote(self.site, "fake", 10 + len(styles), digest, 1.0, 2.0, 5, 4, 1)
         self._egress().release_numbers(Stage.student, 0, "note", asdict(note))
         return note

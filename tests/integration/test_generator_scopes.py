@@ -13,22 +13,29 @@ from simulations.loopback import run_loopback
 from simulations.simulate import prepare_sites
 
 
-@pytest.fixture(scope="module", params=["style", "local", "federated", "none"])
+@pytest.fixture(
+    scope="module", params=["style", "local", "federated", "federated, token", "recolour", "paint", "none"]
+)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The federation alone, without the report, on the smallest recipe."""
-    scope = request.param
+    scope, token, _ = request.param.partition(", token")
+    rivals = {"style": "recolour,random_colour", "recolour": "paint,augment", "none": "augment"}.get(scope)
     settings = [
         f"generator.scope={scope}",
+        f"generator.site_token={bool(token)}",
         "run.rounds=1",
-        "baselines=[no_federation]",
+        f"baselines=[no_federation{',' + rivals if rivals else ''}]",
         "generator.keep_dice=0",
     ]
     recipe = load_recipe("smoke", settings)
-    out = tmp_path_factory.mktemp(scope)
+    out = tmp_path_factory.mktemp(scope + token.removeprefix(", "))
     save_run_config(recipe, out / "config.yaml")
     prepare_sites(recipe, out / "sites")
     run_loopback(out, out / "sites")
     return scope, out
+
+
+SHARING = ("style", "federated", "recolour", "paint")
 
 
 def stages(out: Path) -> list[str]:
@@ -42,11 +49,11 @@ def names_on_receipts(out: Path, site: str) -> set[str]:
 
 def test_a_scope_sends_what_it_needs_and_no_more(run: tuple[str, Path]) -> None:
     scope, out = run
-    assert ("style" in stages(out)) == (scope in ("style", "federated"))
+    assert ("style" in stages(out)) == (scope in SHARING)
     assert ("generator" in stages(out)) == (scope == "federated")
     for site in ("east", "west"):
         sent = names_on_receipts(out, site)
-        assert ("style" in sent) == (scope in ("style", "federated"))
+        assert ("style" in sent) == (scope in SHARING)
         assert ("generator.adapter" in sent) == (scope == "federated")
 
 
@@ -73,3 +80,46 @@ def test_a_student_without_federation_is_trained_in_every_scope(run: tuple[str, 
     _, out = run
     for site in ("east", "west"):
         assert (out / "sites" / site / "baselines" / "no_federation.safetensors").exists()
+
+
+def test_a_generator_that_patients_trained_is_kept_and_its_images_were_held_against_them(
+    run: tuple[str, Path],
+) -> None:
+    scope, out = run
+    trained = scope in ("local", "federated")
+    outcome = RunOutcome.load(out / "state")
+    for site in ("east", "west"):
+        home = out / "sites" / site
+        assert (home / "generator.safetensors").exists() == trained
+        assert (home / "quarantine" / "worst-pairs.html").exists() == trained
+        assert (outcome.notes[site].dropped_copy is not None) == trained
+        if trained:
+            found = json.loads((home / "quarantine" / "findings.json").read_text())
+            assert (found["images"], found["patients"], found["holdout"]) == (2, 3, 4)
+            assert outcome.notes[site].dropped_copy == found["copied"] == 0
+
+
+def test_a_rival_is_trained_beside_the_student_and_differs_from_it(run: tuple[str, Path]) -> None:
+    scope, out = run
+    rivals = {"style": ("recolour", "random_colour"), "recolour": ("paint", "augment"), "none": ("augment",)}
+    for site in ("east", "west"):
+        home = out / "sites" / site
+        students = [home / "student.safetensors"]
+        students += [home / "baselines" / f"{name}.safetensors" for name in rivals.get(scope, ())]
+        assert len({path.read_bytes() for path in students}) == len(students)
+
+
+def test_only_what_the_network_painted_names_it_and_own_pixels_are_said_to_be_own(
+    run: tuple[str, Path],
+) -> None:
+    scope, out = run
+    network = scope in ("style", "local", "federated")
+    plan = json.loads((out / "sites" / "east" / "plan.json").read_text())
+    assert ("ward-diffusion-tiny" in plan["models"]) == network
+    if scope == "none":
+        return
+    said = json.loads((out / "sites" / "east" / "synthetic" / "provenance.json").read_text())
+    assert said["scope"] == scope
+    assert ("generator_sha256" in said) == network
+    assert ("never leave" in said["pixels_of_patients"]) == (scope == "recolour")
+    assert ("no patient" in said["masks"]) == (scope != "recolour")

@@ -26,7 +26,7 @@ from simulations import simulate
 from simulations.loopback import LoopbackGrid, drive
 from tests.e2e import walks
 
-START_S = 120.0
+START_S = 300.0
 SITES = ("east", "west")
 
 

@@ -1,8 +1,8 @@
-"""The exam's items of the guard and the rounds, with few repetitions: 15, 16, 21, 25, 26 and 35."""
+"""The exam's items of the guard and the rounds, with few repetitions: 15, 16, 21, 25, 26, 30 and 35."""
 
 from __future__ import annotations
 
-from simulations.privacy_exam import guard, refusals, rounds, traffic
+from simulations.privacy_exam import copies, guard, refusals, rounds, traffic
 
 
 def test_what_leaves_is_what_noised_steps_made() -> None:
@@ -32,4 +32,9 @@ def test_a_refusal_does_not_tell_whether_a_patient_is_there() -> None:
 
 def test_rounds_without_a_change_and_without_an_answer_crash_nothing() -> None:
     verdict = rounds.item_35(["exact_split"])
+    assert verdict.passed, verdict
+
+
+def test_copies_are_found_and_a_generator_that_learned_by_heart_is_blocked() -> None:
+    verdict = copies.item_30(copies.Counts(patients=30, images=40, planted=3, remembered=8, steps=150))
     assert verdict.passed, verdict

@@ -17,16 +17,10 @@ from common import wire
 from common.adapter import Adapter
 from common.config import load_run_config, save_run_config
 from common.errors import ArtefactError, DeadlinePassed, FederationError, PolicyRefusal, WardroundError
+from common.names import AGGREGATION_RULES, FIXED_A_RULES
 from common.plan import Round, Stage
 from common.precision import pack_down
-from common.recipe import (
-    AGGREGATION_RULES,
-    FIXED_A_RULES,
-    AggregationConfig,
-    GeneratorScope,
-    TeacherConfig,
-    WireDtype,
-)
+from common.recipe import AggregationConfig, GeneratorScope, TeacherConfig, WireDtype
 from server.outcome import RunOutcome
 from server.state import StateStore
 from tests.integration import fake_guard

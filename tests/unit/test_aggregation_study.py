@@ -11,7 +11,8 @@ import pytest
 import simulations.benchmark.aggregation as study
 from common.config import load_recipe
 from common.errors import UsageError
-from common.recipe import MIXED_RANK_RULES, TeacherConfig
+from common.names import MIXED_RANK_RULES
+from common.recipe import TeacherConfig
 from server.report.schema import RunReport
 from simulations.benchmark.aggregation import ALL, MIXED, ONE, Cell, CellFile, Row, compare, rows_of, table
 from simulations.benchmark.pool import Pool

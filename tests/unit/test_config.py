@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from common import config
 from common.errors import ConfigError
 from common.recipe import Anatomy, Engine, PolicyConfig, Recipe, SiteFile
-from common.recipe_rules import RANGES, Range
+from common.recipe_ranges import RANGES, Range
 
 TWO_SITES = "sites:\n  - {name: east, phantom: {}}\n  - {name: west, phantom: {}}\n"
 
@@ -74,10 +74,12 @@ ONE_FAULT = [
     ("aggregation.rule=fedi", "aggregation.rule", "there is no 'fedi'; did you mean fedit?"),
     ("teacher.name=sam", "teacher.name", "there is no 'sam'; choose from ward-sam-tiny"),
     ("teacher.adapter=bse", "teacher.adapter", "there is no 'bse'; did you mean base?"),
-    ("student.name=unet-s", "student.name", "did you mean unet-xs? choose from unet-xs"),
-    ("sites.west.student=x", "sites[1].student", "there is no 'x'; choose from unet-xs"),
+    ("student.name=unet-m", "student.name", "did you mean unet-s? choose from unet-xs, unet-s, m"),
+    ("sites.west.student=x", "sites[1].student", "there is no 'x'; choose from unet-xs, unet-s"),
     ("generator.name=x", "generator.name", "there is no 'x'; choose from ward-diffusion-tiny"),
     ("generator.scope=styl", "generator.scope", "did you mean style?"),
+    ("generator.site_token=true", "generator.site_token", "take generator.scope=federated"),
+    ("generator.style_detail=fine", "generator.style_detail", "choose from colour, texture, spectrum"),
     ("privacy.steps=9", "privacy", "settings of differential privacy, and no noise; add privacy.noise_mult"),
     ("run.min_sites=3", "run.min_sites", "it asks for 3 sites and the recipe has 2"),
     ("generator.sampler_steps=50", "generator.sampler_steps", "at most 20"),
@@ -391,6 +393,7 @@ def test_the_listed_recipes_have_descriptions() -> None:
         "phantom-dp",
         "retina",
         "smoke",
+        "speckle",
     ]
     assert all(len(description) > 20 for _, description in listed)
 
@@ -405,3 +408,25 @@ def test_an_open_end_does_not_belong_to_a_range() -> None:
     assert Range(0, 1, open_low=True).holds(1)
     assert not Range(0, 1, open_high=True).holds(1)
     assert Range(0).holds(0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["baselines=[paint]", "generator.scope=local"], "with scope local no site shares its own"),
+        (["baselines=[recolour]", "generator.scope=none"], "with scope none no site shares its own"),
+        (["baselines=[amplitude]"], "take generator.style_detail=spectrum, or leave it out"),
+        (["baselines=[amplitude]", "generator.style_detail=spectrum"], ""),
+        (["baselines=[augment,random_colour]", "generator.scope=none"], ""),
+        (["baselines=[histogram]", "generator.scope=paint"], ""),
+    ],
+)
+def test_a_painter_that_wants_what_no_site_shares_is_a_fault(
+    write: Callable[[str], str], overrides: list[str], said: str
+) -> None:
+    if not said:
+        config.load_recipe(write(TWO_SITES), overrides)
+        return
+    (line,) = faults_of(write(TWO_SITES), *overrides)
+    assert "baselines[0]: " in line
+    assert said in line

@@ -11,19 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
-from client.data import (
+from client.data import load_image, load_patients
+from client.images import READERS, full_scale_of, read_image, read_mask
+from client.patients import Split
+from client.pixels import (
     MIN_RANGE,
     area_weights,
     field_of_view,
-    load_image,
-    load_patients,
     percentile_stretch,
     resize,
 )
-from client.images import READERS, full_scale_of, read_image, read_mask
-from client.patients import Split
 from common.errors import DataError
 from common.recipe import ClassConfig, DataConfig
 
@@ -111,6 +110,19 @@ def test_an_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be turned clockwise by a quarter for display
     picture.save(tmp_path / "a.jpg", exif=exif)
     assert read_image(tmp_path / "a.jpg").pixels.shape == (1, 24, 10)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize("compression", [None, "tiff_deflate"])
+def test_a_tiff_on_its_side_is_turned_upright(tmp_path: Path, kind: type, compression: str | None) -> None:
+    """Pillow 13 mangles the uncompressed ones where it is given their name."""
+    pixels = np.arange(12 * 20).reshape(12, 20).astype(kind)
+    upright = {5: pixels.T, 6: np.rot90(pixels, -1), 7: pixels.T[::-1, ::-1], 8: np.rot90(pixels)}
+    for orientation, expected in upright.items():
+        tags = TiffImagePlugin.ImageFileDirectory_v2()
+        tags[274] = orientation
+        Image.fromarray(pixels).save(tmp_path / "a.tif", tiffinfo=tags, compression=compression)
+        assert np.array_equal(read_image(tmp_path / "a.tif").pixels[0], expected)
 
 
 def test_masks_of_any_mode_give_their_labels(tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def test_an_alternating_rule_lists_what_each_round_sends(smoke_recipe: Recipe) -
         (GeneratorScope.none, False, False),
         (GeneratorScope.local, False, False),
         (GeneratorScope.style, True, False),
+        (GeneratorScope.recolour, True, False),
+        (GeneratorScope.paint, True, False),
         (GeneratorScope.federated, True, True),
     ],
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import client.prediction
 from client.data import load_image
 from client.evaluation import predict
-from client.prediction import evaluate_manifest, label_image, predict_folder
+from client.prediction import PredictionOptions, evaluate_manifest, label_image, predict_folder
 from client.students import LoadedStudent, StudentCard, build_student, save_student
 from common.errors import ArtefactError, DataError, UsageError
 from common.metrics import METRICS
@@ -54,7 +54,7 @@ class Everything(nn.Module):
 
 
 def use(monkeypatch: pytest.MonkeyPatch, its_card: StudentCard, module: type[nn.Module] = Thresholds) -> None:
-    monkeypatch.setattr(client.prediction, "load_student", lambda path: LoadedStudent(module(), its_card))
+    monkeypatch.setattr(client.prediction, "load_runnable", lambda path: LoadedStudent(module(), its_card))
 
 
 def picture(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -77,22 +77,22 @@ def put(folder: Path, name: str, height: int = 24, width: int = 40) -> np.ndarra
 
 def read(path: Path) -> np.ndarray:
     with Image.open(path) as mask:
-        assert (mask.format, mask.mode) == ("PNG", "L")
+        assert (mask.format, mask.mode) == ("TIFF" if path.suffix == ".tif" else "PNG", "L")
         return np.array(mask)
 
 
 def test_masks_have_the_image_s_size_and_the_card_s_labels(tmp_path: Path, student: Path) -> None:
     expected = {
-        "small": put(tmp_path / "in", "small.png", 9, 20),
-        "wide": put(tmp_path / "in", "wide.tif", 40, 100),
+        "small.png": put(tmp_path / "in", "small.png", 9, 20),
+        "wide.tif": put(tmp_path / "in", "wide.tif", 40, 100),
     }
     (tmp_path / "in" / "notes.txt").write_text("not an image")
     summary = predict_folder(student, tmp_path / "in", tmp_path / "out")
-    assert summary.masks == (tmp_path / "out/small.png", tmp_path / "out/wide.png")
+    assert summary.masks == (tmp_path / "out/small.png", tmp_path / "out/wide.tif")
     assert summary.overlays == ()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["small.png", "wide.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["small.png", "wide.tif"]
     for name, labels in expected.items():
-        assert np.array_equal(read(tmp_path / f"out/{name}.png"), labels)
+        assert np.array_equal(read(tmp_path / f"out/{name}"), labels)
 
 
 def test_masks_of_resized_images_come_back_in_full_size(
@@ -142,13 +142,13 @@ def test_images_of_one_stem_get_a_mask_each(tmp_path: Path, student: Path) -> No
     put(tmp_path / "in", "a.jpg", 20, 20)
     put(tmp_path / "in", "b.tif", 24, 24)
     summary = predict_folder(student, tmp_path / "in", tmp_path / "out")
-    assert [path.name for path in summary.masks] == ["a.jpg.png", "a.png.png", "b.tif.png"]
+    assert [path.name for path in summary.masks] == ["a.jpg.png", "a.png.png", "b.tif.tif"]
     assert [read(path).shape for path in summary.masks] == [(20, 20), (16, 16), (24, 24)]
 
 
 def test_overlay_draws_the_outline_and_keeps_the_rest(tmp_path: Path, student: Path) -> None:
     put(tmp_path / "in", "a.png", 40, 40)
-    summary = predict_folder(student, tmp_path / "in", tmp_path / "out", overlay=True)
+    summary = predict_folder(student, tmp_path / "in", tmp_path / "out", PredictionOptions(overlay=True))
     assert summary.overlays == (tmp_path / "out/overlays/a.png",)
     pixels, _ = picture(40, 40)
     with Image.open(summary.overlays[0]) as drawn:

@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoints
+from common import checkpoints, names
 from simulations import pretrain
-from simulations.pretrain import HEAD_WEIGHT, MAKERS, SHIPPED, Bank, curriculum, dim, segmentation_loss
+from simulations.pretrain import (
+    DEFAULT_STEPS,
+    HEAD_WEIGHT,
+    MAKERS,
+    SHIPPED,
+    USUAL,
+    Bank,
+    curriculum,
+    dim,
+    segmentation_loss,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -25,17 +35,41 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_the_same_seed_makes_the_same_weights(kind: str, small: Path) -> None:
-    digests = []
+    digests, name = [], SHIPPED.get(kind, kind)
     for _ in range(2):
         torch.manual_seed(np.random.default_rng().integers(1 << 30))  # whatever ran before
         MAKERS[kind](3, 2)
         checkpoints.card.cache_clear()
-        digests.append(checkpoints.base_sha256(SHIPPED[kind]))
+        digests.append(checkpoints.base_sha256(name))
     assert digests[0] == digests[1]
-    card = checkpoints.card(SHIPPED[kind])
-    assert card["kind"] == kind
+    card = checkpoints.card(name)
+    assert card["kind"] == (kind if kind in SHIPPED else "student")
     assert card["reproduce"] == f"python -m simulations.pretrain {kind} --seed 3 --steps 2"
     assert "no real image" in card["trained_on"]
+
+
+def test_there_is_a_maker_for_every_model_that_a_recipe_may_name() -> None:
+    made = {SHIPPED.get(name, name) for name in MAKERS}
+    warmed = {"ward-sam-tiny-lesions"}  # by `simulations.warm_start`
+    assert made | warmed == {*names.TEACHERS, *names.GENERATORS, *names.STUDENTS}
+    assert MAKERS.keys() == DEFAULT_STEPS.keys()
+    assert warmed | {SHIPPED.get(name, name) for name in USUAL} == {
+        *names.TEACHERS,
+        *names.GENERATORS,
+        *names.SHIPPED_STUDENTS,
+    }
+
+
+@pytest.mark.parametrize("kind", names.SHIPPED_STUDENTS)
+def test_a_shipped_student_says_how_it_is_made_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    checkpoints.card.cache_clear()
+    card = checkpoints.card(kind)
+    assert (
+        card["reproduce"] == f"python -m simulations.pretrain {kind} --seed 0 --steps {DEFAULT_STEPS[kind]}"
+    )
+    assert card["steps"] == DEFAULT_STEPS[kind]
+    assert set(card["heads"]) == set(names.PRETRAINED_HEADS)
 
 
 def test_a_batch_has_the_kinds_that_were_asked_for() -> None:

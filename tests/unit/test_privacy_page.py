@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from common.canonical import canonical_json
 from common.errors import ArtefactError, VerificationFailed
 from common.pages.wording import THIN, when
 from common.privacy.budget import Caps
@@ -111,6 +112,7 @@ def identifiers(document: Document) -> set[str]:
     found |= {*reproducibility["versions"].values(), *reproducibility["base_models"]}
     found |= {document["run"][key] for key in ("started", "finished")}
     found |= {*document["verification"]["cautions"], *document["verification"]["faults"]}
+    found |= set(document["verification"]["owed"])
     if document["policy"] is not None:
         found |= {document["policy"][key] for key in ("policy_id", "key_id", "issued", "expires", "sha256")}
     found |= {word for word in found for word in (when(word), word[:10])}
@@ -234,7 +236,7 @@ def test_a_rehearsal_of_other_code_checks_nothing(site: Path, tmp_path: Path) ->
     assert (found["status"], "other code" in found["evidence"]) == ("NOT CHECKED", True)
 
 
-def test_the_verdict_follows_the_record(site: Path, documents: list[Document]) -> None:
+def test_the_verdict_follows_the_record(site: Path, documents: list[Document], tmp_path: Path) -> None:
     assert [d["verdict"]["word"] for d in documents] == [
         "WITHIN POLICY", "NO GUARANTEE", "BOUNDED, UNDER NO POLICY",
     ]  # fmt: skip
@@ -242,6 +244,17 @@ def test_the_verdict_follows_the_record(site: Path, documents: list[Document]) -
     document = document_of(read_record(site, Inquiry(officer_public=stranger)))
     assert document["verdict"]["word"] == "THE RECORD DOES NOT HOLD"
     assert document["policy"]["signature"] == "DOES NOT HOLD"
+    entries = (site / "ledger.jsonl").read_text().splitlines(keepends=True)
+    shutil.copytree(site, tmp_path / "owing")
+    before = next(i for i, line in enumerate(entries) if '"kind":"artefact"' in line)
+    (tmp_path / "owing" / "ledger.jsonl").write_text("".join(entries[:before]))
+    last = json.loads(entries[before - 1])
+    head = canonical_json({"seq": last["seq"], "hash": last["hash"]})
+    (tmp_path / "owing" / "ledger.head").write_text(head)
+    (tmp_path / "owing" / "checkpoint.json").unlink()
+    owing = document_of(read_record(tmp_path / "owing", INQUIRY))
+    assert owing["verdict"]["word"] == "BOUNDED, AN AUDIT IS OWED"
+    assert "holds, but for an audit that is owed" in owing["statement"][-1]["text"]
     unverified = document_of(read_record(site, Inquiry(most_steps=2)))
     assert unverified["verdict"]["word"] == "BOUNDED, NOT YET VERIFIED"
     assert unverified["verification"]["holds"] is None

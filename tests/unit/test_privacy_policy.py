@@ -188,7 +188,15 @@ def test_a_policy_denies_by_default() -> None:
 
 
 def test_each_stage_of_a_run_plan_has_its_rule() -> None:
-    assert {item.name for item in fields(StageRules)} == {*Stage, "tuning"} - {"propose"}
+    assert {item.name for item in fields(StageRules)} == {*Stage, "tuning"} - {"propose", "shared_student"}
+
+
+def test_a_stage_that_a_policy_has_no_rule_for_is_forbidden() -> None:
+    """A student's weights are never noised, so no officer can allow their rounds."""
+    asked = replace(ASKED, runs=[*ASKED.runs, "shared_student"], sends=[*ASKED.sends, "shared_student"])
+    with pytest.raises(PolicyRefusal) as caught:
+        agree(POLICY, asked)
+    assert caught.value.faults == ("stages.shared_student: this stage may not run here",)
 
 
 def test_a_draft_is_read_with_every_fault_at_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from client.dp.randomness import SeededRandomness
 from client.private_adaptation import private_step
 from common.config import load_recipe
 from common.errors import UsageError
+from common.recipe import DecoderTraining
+from simulations.benchmark import privacy_utility
 from simulations.benchmark.pool import Pool
-from simulations.benchmark.privacy_utility import Cell, Row, Sites, measure, noised, table
+from simulations.benchmark.privacy_rows import Row
+from simulations.benchmark.privacy_utility import Sites, measure, noised, without_noise
 
 SETTINGS = (
     "teacher.adapter=decoder", "generator.scope=none", "privacy.noise_multiplier=1", "privacy.steps=2",
@@ -68,28 +72,30 @@ def test_a_cell_says_what_was_trained(pool: Pool) -> None:
     assert measure(pool, ROW).dice == private.dice, "a seed makes the same cell again"
 
 
+def test_the_best_without_noise_trains_the_whole_decoder_on_new_crops(pool: Pool) -> None:
+    shallow = replace(pool.recipe, teacher=replace(pool.recipe.teacher, decoder=DecoderTraining.shallow))
+    rows = [Row(steps=2), Row(steps=2, best=True)]
+    held, best = (Sites.of(replace(pool, recipe=shallow), row) for row in rows)
+    assert held.first().tensors.keys() < best.first().tensors.keys()
+    assert best.first().tensors.keys() == Sites.of(pool, Row(steps=0)).first().tensors.keys()
+    plans = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(privacy_utility, "adapt", lambda *given: plans.append(given[3]) or Mock())
+        for sites, row in zip((held, best), rows, strict=True):
+            without_noise(sites, row)
+    assert [plan.teacher.cached_views > 0 for plan in plans] == [True, False]
+
+
 def test_a_row_is_read_from_its_text() -> None:
     assert Row.parse("8") == Row(8.0)
     assert Row.parse("3:40:0.9", 200) == Row(3.0, 40, 0.9, 200)
     assert Row.parse("none:300") == Row(None, 300)
+    assert Row.parse("best:300") == Row(None, 300, best=True)
     asked = load_recipe("smoke", SETTINGS).privacy
     assert Row.parse("3:40").privacy(asked) == replace(asked, epsilon=3.0, noise_multiplier=None, steps=40)
 
 
-@pytest.mark.parametrize("text", ["none", "eight", "8:1:1:1", "8:few"])
+@pytest.mark.parametrize("text", ["none", "best", "eight", "8:1:1:1", "8:few"])
 def test_a_text_that_is_no_row_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"EPSILON:STEPS:RATE|for how many steps"):
         Row.parse(text)
-
-
-def test_what_is_lost_is_lost_to_the_best_row_without_noise() -> None:
-    def cell(row: Row, seed: int, small: float, large: float) -> Cell:
-        return Cell(row, seed, {"all": 0.0, "site a": small, "site b": large}, 10.0, 80, 0.01, 400.0)
-
-    best, other, private = Row(steps=300), Row(steps=30), Row(epsilon=8)
-    cells = [cell(best, 0, 0.8, 0.9), cell(other, 0, 0.7, 0.9)]
-    cells += [cell(private, 0, 0.7, 0.9), cell(private, 1, 0.76, 0.9)]
-    lines = table(cells).splitlines()
-    assert lines[2].startswith("| none | 400 | 80 | 0.0100 | 0.850 | 0.000 | 0.800 |")
-    lost = "0.815 (0.800 0.830) | 0.035 | 0.730 (0.700 0.760)"
-    assert lines[4].startswith(f"| 8 | 400 | 80 | 0.0100 | {lost} |")

@@ -193,6 +193,65 @@ def test_a_forged_but_signed_ledger_is_found(
     assert any(text in fault for fault in found.faults), found.faults
 
 
+def audited(entries: list[Entry]) -> int:
+    """Where the adapter's audit is."""
+    return next(i for i, entry in enumerate(entries) if entry.detail.get("kind") == "artefact")
+
+
+def unaudited(entries: list[Entry]) -> None:
+    del entries[audited(entries)]
+
+
+def student_alone_audited(entries: list[Entry]) -> None:
+    at = audited(entries)
+    entries[at] = replace(entries[at], detail=entries[at].detail | {"artefact": "student"})
+
+
+def another_run_audited(entries: list[Entry]) -> None:
+    at = audited(entries)
+    entries[at] = replace(entries[at], run_id="run-0")
+
+
+def audited_too_early(entries: list[Entry]) -> None:
+    """Before the last round left; the entry after it settles a reservation, which moves with it."""
+    at = audited(entries)
+    reserve, commit, audit = entries[at - 2 : at + 1]
+    moved = replace(commit, detail=commit.detail | {"settles": reserve.seq + 1})
+    audit = replace(audit, ts=reserve.ts, epsilon_after=entries[at - 3].epsilon_after)
+    entries[at - 2 : at + 1] = [audit, reserve, moved]
+
+
+@pytest.mark.parametrize("change", [unaudited, student_alone_audited, another_run_audited, audited_too_early])
+def test_an_audit_that_the_policy_requires_is_owed(
+    site: Path, files: dict[str, bytes], change: Callable[[list[Entry]], None]
+) -> None:
+    found = verify(lied(site, files, change), EVIDENCE)
+    assert (found.faults, found.holds) == ([], False)
+    assert len(found.owed) == 1
+    assert "run run-1" in found.owed[0]
+    assert "wardround privacy audit" in found.owed[0]
+    assert found.to_json()["owed"] == found.owed
+
+
+def test_no_audit_is_owed_that_no_policy_requires(files: dict[str, bytes], tmp_path: Path) -> None:
+    policy = policy_for(OFFICER, audit={"artefact_mia": "optional"})
+    make_site(tmp_path / "site", OFFICER, policy)
+    bare = lied(tmp_path / "site", read_bundle(tmp_path / "site"), unaudited)
+    assert verify(bare, EVIDENCE).owed == []
+    unknown = {name: data for name, data in files.items() if not name.startswith(POLICY)}
+    assert verify(unknown, EVIDENCE).owed == []
+
+
+def test_a_run_that_goes_on_owes_its_audit_later(site: Path, files: dict[str, bytes]) -> None:
+    def unfinished(entries: list[Entry]) -> None:
+        del entries[audited(entries) - 2 :]  # the last round, and what came after it
+
+    lines = files[RECEIPTS].splitlines(keepends=True)
+    found = verify(lied(site, files | {RECEIPTS: b"".join(lines[:-1])}, unfinished), EVIDENCE)
+    assert (found.faults, found.owed) == ([], [])
+    assert any("audit.artefact_mia" in caution for caution in found.cautions)
+
+
 def receipt(**changes: Any) -> bytes:
     line = ReceiptLine("harbour", "adapt", 0, "adapt.numbers", 10, "a" * 64, "none", None)
     return (canonical_json(asdict(replace(line, **changes))) + "\n").encode()

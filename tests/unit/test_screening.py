@@ -135,6 +135,9 @@ def test_a_site_speaks_for_itself_alone() -> None:
 def test_impossible_numbers_are_rejected() -> None:
     with pytest.raises(ArtefactError):
         admit_note(StudentNote("a", "unet-xs", 10, "ab", -1.0, 2.0, 3, 2, -1), "a")
+    for copies in ((-1, 0.0), (1, 1.5)):
+        with pytest.raises(ArtefactError, match="copy rate" if copies[0] > 0 else "count"):
+            admit_note(StudentNote("a", "unet-xs", 10, "ab", 1.0, 2.0, 3, 2, 1, *copies), "a")
     silent = Metric("m", "dice", "x", 0.5, None, 3, noise_scale=0.0)
     for metric in (Metric("m", "dice", "x", None, None, 3), Metric("m", "dice", "x", 0.5, None, -3), silent):
         with pytest.raises(ArtefactError):

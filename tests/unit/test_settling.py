@@ -12,13 +12,8 @@ from torch import Tensor
 
 from common.canonical import canonical_json
 from common.errors import ConfigError, FederationError
-from common.recipe import (
-    AGGREGATION_RULES,
-    FIXED_A_RULES,
-    ROBUST_ESTIMATORS,
-    VOTING_ESTIMATORS,
-    AggregationConfig,
-)
+from common.names import AGGREGATION_RULES, FIXED_A_RULES, ROBUST_ESTIMATORS, VOTING_ESTIMATORS
+from common.recipe import AggregationConfig
 from common.robust_rules import vote_fault
 from common.tuning.halves import trained_halves, without
 from server.aggregation import AggregationRule

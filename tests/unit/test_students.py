@@ -9,45 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from client.losses import segmentation_loss
-from client.students import STUDENTS, UNetXS, build_student, load_student, save_student
-from common.errors import ArtefactError
-from common.recipe import ClassConfig, DataConfig
+from client.students import UNetXS, build_student, load_student, save_student, start_of
+from common.errors import ArtefactError, ConfigError
+from common.names import SHIPPED_STUDENTS, STUDENTS
+from common.recipe import ClassConfig, DataConfig, Start
 
 DATA = DataConfig(image_size=32, classes=[ClassConfig("cell", 255, "blob")])
-
-
-def test_an_all_background_image_can_be_represented() -> None:
-    """One empty and one full image: a head whose output is normalised an image cannot tell them apart."""
-    torch.manual_seed(0)
-    student = UNetXS(1)
-    images = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32)]) + 0.05 * torch.rand(2, 3, 32, 32)
-    images[1, :, ::2] -= 0.5  # another texture: instance norm removes mere brightness
-    masks = torch.stack([torch.zeros(1, 32, 32), torch.ones(1, 32, 32)])
-    optimiser = torch.optim.Adam(student.parameters(), 1e-2)
-    for _ in range(60):
-        optimiser.zero_grad()
-        segmentation_loss(student(images), masks, False).backward()
-        optimiser.step()
-    share = (student(images) > 0).float().mean((1, 2, 3))
-    assert share[0] < 0.02
-    assert share[1] > 0.98
-
-
-def test_the_unrolled_body_is_monais_own_forward() -> None:
-    student = UNetXS(3).eval()
-    image = torch.rand(2, 3, 64, 64)
-    expected = student.head(student.body((image - 0.45) / 0.25))
-    assert torch.equal(student(image), expected)
-    output = student.outputs(image)
-    assert torch.equal(output.logits, expected)
-    assert output.deep.shape == (2, student.deep_channels, 8, 8)
-    assert output.late.shape == (2, student.late_channels, 32, 32)
-
-
-@pytest.mark.parametrize("name", STUDENTS)
-def test_no_student_carries_statistics(name: str) -> None:
-    assert list(STUDENTS[name](1).buffers()) == []
 
 
 def test_pretrained_and_scratch_differ_and_repeat() -> None:
@@ -65,6 +32,25 @@ def test_building_a_student_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(1)
     build_student("unet-xs", DATA, False, 7)
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_a_kind_has_its_usual_start_and_takes_another(kind: str) -> None:
+    ships = kind in SHIPPED_STUDENTS
+    assert start_of(kind, None) is (Start.shipped if ships else Start.mae)
+    assert [start_of(kind, asked) for asked in (Start.random, Start.moco)] == [Start.random, Start.moco]
+    if ships:
+        assert start_of(kind, Start.shipped) is Start.shipped
+    else:
+        with pytest.raises(ConfigError, match=r"ships no weights.*student.start=mae"):
+            start_of(kind, Start.shipped)
+
+
+def test_shipped_weights_that_there_are_none_of_are_refused() -> None:
+    with pytest.raises(ArtefactError, match="no shipped model 'vit-tiny'"):
+        build_student("vit-tiny", DATA, True, 0)
+    with pytest.raises(ArtefactError, match="no student 'resnet'; there are: unet-xs"):
+        build_student("resnet", DATA, False, 0)
 
 
 def test_a_saved_student_predicts_the_same(tmp_path: Path) -> None:
@@ -85,7 +71,7 @@ def test_a_card_says_what_its_logits_mean(tmp_path: Path) -> None:
     save_student(UNetXS(1), path, "unet-xs", data, {"run_id": "r", "model": "student"})
     assert load_student(path).card.data_config() == data
     old = json.loads(path.with_suffix(".json").read_text())
-    del old["exclusive"], old["classes"][0]["also"]
+    del old["exclusive"], old["start"], old["classes"][0]["also"]
     path.with_suffix(".json").write_text(json.dumps(old))
     assert load_student(path).card.data_config() == DATA
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import common.teacher as teacher_module
-from common import checkpoints
+from common import checkpoints, names
 from common.errors import ArtefactError
 from common.recipe import ClassConfig, DataConfig, TeacherConfig
 from common.teacher import HEADS, initial_adapter, resident_teacher, shipped_teacher
@@ -83,8 +83,8 @@ def test_scenes_and_heads_name_the_same_structures_in_the_same_order() -> None:
     assert TARGETS == HEADS
 
 
-def test_there_are_three_shipped_models() -> None:
-    assert checkpoints.names() == ["unet-xs", "ward-diffusion-tiny", "ward-sam-tiny"]
+def test_the_shipped_models_are_those_of_the_recipe() -> None:
+    assert checkpoints.names() == sorted([*names.SHIPPED_STUDENTS, *names.GENERATORS, *names.TEACHERS])
 
 
 def test_changed_weights_are_refused(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

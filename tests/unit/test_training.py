@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 import client.adaptation as adaptation
 import client.generation as generation
 import client.transfer.labelling as labelling
+from client.adaptation import Visit
 from client.curation import agreement, drop_inconsistent
 from client.deadline import Deadline
 from client.distillation import distil
 from client.fitting import Schedule
-from client.generation import fine_tune, synthesise
+from client.generation import Sampling, fine_tune, synthesise
 from client.losses import feature_loss, segmentation_loss, soft_dice_loss, softened_logit_loss
 from client.patients import Patient
 from client.students import build_student
@@ -27,8 +28,9 @@ from client.style import summarise_style
 from client.transfer.labelling import assemble_transfer_set
 from client.transfer.sets import TransferSet, real_crops
 from client.variants import VARIANTS, Start
+from common.adapter import Adapter
 from common.errors import DataError, DeadlinePassed
-from common.generator import haar, inverse_haar, resident_generator
+from common.generator import generator_of, haar, inverse_haar, resident_generator, site_code
 from common.generator import initial_adapter as initial_generator
 from common.plan import RunPlan
 from common.teacher import ResidentTeacher, initial_adapter, resident_teacher
@@ -174,6 +176,31 @@ def test_the_generators_adapter_learns_and_the_base_stays(
     assert all(math.isfinite(loss) for loss in first.losses)
 
 
+def test_a_site_token_tells_sites_apart_once_it_is_trained(
+    smoke_plan: RunPlan, patients: list[Patient]
+) -> None:
+    settings = replace(smoke_plan.generator, site_token=True, steps=4)
+    plan, generator = replace(smoke_plan, generator=settings), generator_of(settings)
+    begin = initial_generator(settings, 0)
+    assert {name for name in begin.tensors if "token" in name} == {"token.lora_A", "token.lora_B"}
+    assert not any("token" in name for name in initial_generator(smoke_plan.generator, 0).tensors)
+    summary = [summarise_style(patients, 64, 2, 2, 0)]
+    trained = fine_tune(generator, begin, patients, plan, Visit(0, 3, site="east"), FOREVER).adapter
+
+    def painted(adapter: Adapter, site: str) -> torch.Tensor:
+        return synthesise(generator, adapter, summary, plan, 4, Sampling(sites=(site,))).images
+
+    assert torch.equal(painted(begin, "east"), painted(begin, "west")), "an untrained token says nothing"
+    assert not torch.equal(painted(trained, "east"), painted(trained, "west"))
+
+
+def test_codes_of_sites_are_nearly_at_right_angles_and_the_same_everywhere() -> None:
+    codes = torch.stack([site_code(f"site-{number}") for number in range(12)])
+    assert (codes @ codes.T - torch.eye(12)).abs().max() < 0.5
+    site_code.cache_clear()
+    assert torch.equal(site_code("site-0"), codes[0])
+
+
 def transfer_of(logits: torch.Tensor, masks: torch.Tensor, synthetic: list[bool]) -> TransferSet:
     count = len(logits)
     return TransferSet(
@@ -274,8 +301,8 @@ def test_variants_differ_in_one_ingredient_each() -> None:
     ours = VARIANTS["student"]
     assert VARIANTS["no_synthetic"] == replace(ours, styles=None)
     assert VARIANTS["no_distillation"] == replace(ours, teacher=None)
-    assert VARIANTS["no_federation"] == replace(ours, teacher="local", styles="own")
-    assert VARIANTS["local_only"] == replace(ours, teacher=None, styles=None)
+    assert VARIANTS["no_federation"] == replace(ours, teacher="local", styles="own", shares_start=False)
+    assert VARIANTS["local_only"] == replace(ours, teacher=None, styles=None, shares_start=False)
     assert VARIANTS["local_only_scratch"] == replace(VARIANTS["local_only"], start=Start.random)
 
 

@@ -149,6 +149,7 @@ def _verification(record: SiteRecord) -> Document:
         "entries": len(record.entries),
         "merges": record.number_of(EntryType.merge),
         "faults": [] if found is None else found.faults,
+        "owed": [] if found is None else found.owed,
         "cautions": [] if found is None else found.cautions,
         "facts": None if found is None else found.facts,
     }

@@ -136,7 +136,7 @@ def _trust(record: SiteRecord) -> Iterator[Hazard]:
         yield Hazard(TRUST, "The ledger holds", NOT_CHECKED, why)
     else:
         said = "; ".join(found.faults) or f"chain, signatures and epsilon of {len(record.entries)} entries"
-        yield Hazard(TRUST, "The ledger holds", tested(found.holds), said)
+        yield Hazard(TRUST, "The ledger holds", tested(not found.faults), said)
     seen = bool(found is not None and found.facts.get("witnessed"))
     head = (
         "a head that somebody else has seen is in the chain"

@@ -23,7 +23,7 @@ Document = dict[str, Any]
 def verdict(document: Document) -> dict[str, Any]:
     """One word for the run, and what tempers it."""
     cautions = list(dict.fromkeys(_cautions(document)))
-    faults = list(document["verification"]["faults"])
+    faults = [*document["verification"]["faults"], *document["verification"]["owed"]]
     return {
         "word": _word(document),
         "cautions": cautions,
@@ -34,7 +34,7 @@ def verdict(document: Document) -> dict[str, Any]:
 
 def _word(document: Document) -> str:
     verification, policy = document["verification"], document["policy"]
-    if verification["holds"] is False:
+    if verification["faults"]:
         return "THE RECORD DOES NOT HOLD"
     if not document["guarantee"]:
         return "NO GUARANTEE"
@@ -42,6 +42,8 @@ def _word(document: Document) -> str:
         return "AN AUDIT CONTRADICTS THE CLAIM"
     if policy is None:
         return "BOUNDED, UNDER NO POLICY"
+    if verification["owed"]:
+        return "BOUNDED, AN AUDIT IS OWED"
     return "WITHIN POLICY" if verification["holds"] else "BOUNDED, NOT YET VERIFIED"
 
 
@@ -140,7 +142,8 @@ def _evidence(document: Document) -> str:
     if verification["holds"] is None:
         parts.append("the ledger was not verified here")
     else:
-        outcome = HOLDS if verification["holds"] else BROKEN
+        outcome = BROKEN if verification["faults"] else HOLDS
+        outcome += ", but for an audit that is owed" if verification["owed"] else ""
         parts.append(
             f"the verifier recomputed the ledger's {verification['entries']} entries: the record {outcome}"
         )

@@ -1,8 +1,8 @@
-"""Which synthetic images are worth learning from."""
+"""Synthetic images that show something else than what they were painted from are dropped."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,15 +13,25 @@ from common.probability import masks_of, probabilities
 
 @dataclass(frozen=True)
 class Curated:
-    """The transfer set without the images that were dropped, and the counts."""
+    """The transfer set without the images that were dropped, and the counts.
+
+    Attributes:
+        passed_over: images that are in order and of which others are more worth learning from.
+    """
 
     transfer: TransferSet
     generated: int
     dropped_inconsistent: int
+    passed_over: int = 0
 
     @property
     def kept(self) -> int:
-        return self.generated - self.dropped_inconsistent
+        return self.generated - self.dropped_inconsistent - self.passed_over
+
+    def only(self, keep: Tensor) -> Curated:
+        """With the rows that ``keep`` (bool) names; the synthetic ones among the others are passed over."""
+        more = int((~keep & self.transfer.synthetic).sum())
+        return replace(self, transfer=self.transfer.select(keep), passed_over=self.passed_over + more)
 
 
 def agreement(found: Tensor, mask: Tensor) -> Tensor:
@@ -34,8 +44,9 @@ def agreement(found: Tensor, mask: Tensor) -> Tensor:
 def drop_inconsistent(transfer: TransferSet, keep_dice: float, exclusive: bool) -> Curated:
     """Drop the synthetic images on which the teacher does not find what they were painted from.
 
-    Neither the images nor the masks come from the site's patients, so the filter looks at nobody. Without a
-    teacher nothing can be judged and everything is kept. ``exclusive`` as in `common.probability`.
+    Of images that are no patient's, on masks that are none's either, the filter looks at nobody. For those
+    made of the site's own crops ``keep_dice`` is 0: all are kept, because how many are is told elsewhere.
+    Without a teacher nothing can be judged and everything is kept. ``exclusive`` as in `common.probability`.
     """
     generated = int(transfer.synthetic.sum())
     if transfer.logits is None:
