@@ -91,6 +91,17 @@ def test_a_private_round_is_reserved_then_committed_and_its_record_holds(home: P
     assert verify(read_bundle(home), Evidence()).faults == []
 
 
+@pytest.mark.parametrize("own_process", [True, False])
+def test_a_guard_books_whether_it_is_a_process_of_its_own(
+    home: Path, plan: RunPlan, own_process: bool
+) -> None:
+    guard = client.guard.Guard(Site.open(home), own_process)
+    assert guard.propose(plan, order(plan, Stage.propose)).agrees
+    (booked,) = entries(home, EntryType.plan)
+    assert booked.detail.get("own_process", False) is own_process
+    assert verify(read_bundle(home), Evidence()).faults == []
+
+
 def test_what_leaves_is_minus_the_rate_times_what_the_mechanism_made(home: Path, plan: RunPlan) -> None:
     """By a seeded source: the update, unpacked, is the noised gradient that the same seed gives again."""
     from client.dp.mechanism import Execution, PrivateGradient
