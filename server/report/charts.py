@@ -13,6 +13,7 @@ from common.pages.drawing import COLOURS, DASHES, WIDTH, Scale, element, marker,
 from common.pages.wording import small
 from server.report.wording import interval, model_name, score
 
+LETTER = 6.4  # width of a label's letter, on average, with room to spare
 ROUND_LABEL = 60.0  # width that a round's name takes, with room beside it
 SLOTS = {
     "student": 0, "local_only": 1, "teacher": 2, "local_only_scratch": 3, "local_teacher": 4,
@@ -45,7 +46,8 @@ class Dot:
 
 def dot_chart(groups: Sequence[tuple[str, Sequence[Dot]]], span: tuple[float, float], label: str) -> Markup:
     """Dots with their 95 % intervals, one group a site, one row a model."""
-    left, row_height, y = 168.0, 19.0, 6.0
+    longest = max((len(model_name(dot.model)) for _, dots in groups for dot in dots), default=0)
+    left, row_height, y = max(168.0, 8 + LETTER * longest), 19.0, 6.0
     scale = Scale(*span, left + 8, WIDTH - 12.0)
     marks: list[Markup] = []
     for name, dots in groups:
