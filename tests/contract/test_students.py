@@ -15,7 +15,7 @@ class TestUNetXS(ShippedContract):
     kind, params = "unet-xs", (150_000, 200_000)
 
 
-class TestUNetS(StudentContract):
+class TestUNetS(ShippedContract):
     kind, params = "unet-s", (1_900_000, 2_200_000)
 
 
