@@ -12,6 +12,7 @@
     ├── BudgetExceeded       21   the privacy budget would be passed
     ├── VerificationFailed   22   a record does not hold
     ├── FederationError      30   too few sites, rejected updates
+    │   └── GuardUnreachable 30   a site's guard does not run, or this user may not reach it
     └── DeadlinePassed       31   a wait ended without its answer
 
 An exit code of 70 means a defect of ours and has no class here: it is whatever else was raised.
@@ -93,6 +94,10 @@ class VerificationFailed(WardroundError):
 
 class FederationError(WardroundError):
     exit_code = 30
+
+
+class GuardUnreachable(FederationError):
+    border_code = "GUARD_UNREACHABLE"
 
 
 class DeadlinePassed(WardroundError):

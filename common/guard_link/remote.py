@@ -8,7 +8,7 @@ import grpc
 
 from common import wire
 from common.adapter import Adapter, AdapterUpdate
-from common.errors import ArtefactError, DeadlinePassed, PolicyRefusal, WardroundError
+from common.errors import ArtefactError, DeadlinePassed, GuardUnreachable, PolicyRefusal, WardroundError
 from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
 from common.guard_link.frames import frames_of, message_of
 from common.guard_link.guard_pb2_grpc import GuardStub
@@ -17,12 +17,6 @@ from common.style import StyleSummary
 
 MOST_ANSWER_BYTES = 1 << 31
 SLACK_S = 60.0  # for the way there and back, beyond what the order allows for the work
-
-
-class GuardUnreachable(WardroundError):
-    """Nobody listens: the guard is not running, or this user may not reach it."""
-
-    border_code = "GUARD_UNREACHABLE"
 
 
 class GuardRefusal(PolicyRefusal):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from client.orders import OrderBook
 from common import wire
-from common.errors import ArtefactError, ConfigError, PolicyRefusal
+from common.errors import ArtefactError, ConfigError, GuardUnreachable, PolicyRefusal
 from common.guard_link import frames
 from common.guard_link.guard_pb2 import Description, Frame, Head
-from common.guard_link.remote import GuardRefusal, GuardUnreachable, RemoteGuard
+from common.guard_link.remote import GuardRefusal, RemoteGuard
 from common.guard_link.service import LONGEST_PATH, Door, describe, served
 from common.plan import Round, Stage
 
