@@ -12,7 +12,7 @@ ADAPTER_PRESETS = (
 )  # fmt: skip
 GENERATORS = ("ward-diffusion-tiny",)
 STUDENTS = ("unet-xs", "unet-s", "mobile", "vit-tiny")
-SHIPPED_STUDENTS = ("unet-xs", "unet-s")  # those with weights to start from
+SHIPPED_STUDENTS = ("unet-xs", "unet-s", "mobile")  # those with weights to start from
 AGGREGATION_RULES = (
     "exact_split", "fedit", "ffa", "fedsvd", "fedex", "lora_fair", "flora", "flexlora", "hetlora",
     "rolora", "dual",

@@ -19,7 +19,7 @@ class TestUNetS(ShippedContract):
     kind, params = "unet-s", (1_900_000, 2_200_000)
 
 
-class TestMobile(StudentContract):
+class TestMobile(ShippedContract):
     kind, params = "mobile", (500_000, 999_999)
 
 
