@@ -159,7 +159,8 @@ def curve(cells: Sequence[Cell]) -> str:
         marks += _levels(rows, [(start, "2 3"), (drawn[-1], "7 3")], values[0], up, left)
         for shift, (model, value) in zip((-5.0, 5.0), zip(MODELS, values, strict=True), strict=True):
             marks += _series(model, [_at_seeds(rows[row], value) for row in drawn], up, left, shift)
-    marks += _legend()
+    taught = any(cell.student for cell in cells)
+    marks += _legend(MODELS if taught else MODELS[:1])
     box = f"0 0 {WIDTH:.0f} {FOOT + 62:.0f}"
     about = "Dice over epsilon, of teacher and student, with 95 % intervals over the seeds."
     svg = element(
@@ -268,9 +269,9 @@ def _dot(name: str, colour: str, x: float, y: float) -> Markup:
     return element("rect", x=x - 4, y=y - 4, width=8, height=8, fill=colour, class_=name)
 
 
-def _legend() -> list[Markup]:
+def _legend(models: Sequence[tuple[str, str]]) -> list[Markup]:
     y, marks, x = FOOT + 52, [], LEFT
-    for name, colour in MODELS:
+    for name, colour in models:
         marks += [_dot(f"{name}", colour, x + 5, y - 4), element("text", name, x=x + 16, y=y, fill=INK)]
         x += 86
     for text, dash in (
