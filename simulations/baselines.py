@@ -32,12 +32,11 @@ from client.patients import Patient, Split, of_split
 from client.site import Site
 from client.students import Student, build_student, save_student
 from client.teachers import LOCAL_TEACHER, SiteTeachers
-from client.transfer.labelling import teacher_logits
+from client.transfer.labelling import gather, label_with_ensemble
 from client.transfer.sets import TransferSet, real_crops
 from common import progress
 from common.adapter import Adapter
 from common.plan import RunPlan, Stage
-from common.probability import logits_of, probabilities
 from common.recipe import Federation, StudentScope
 from common.seeding import derive_seed
 from common.shared_student import travelling
@@ -149,29 +148,21 @@ def centralised(hospitals: Sequence[Hospital], plan: RunPlan) -> Trained:
 
 def feddf(hospitals: Sequence[Hospital], plan: RunPlan) -> Trained:
     """A student a site, of the ensemble's softened outputs on the site's crops; features are no one's."""
-    plain = replace(plan, student=replace(plan.student, feature_weight=0.0))
     trained = {}
     for hospital in hospitals:
         student, seed = hospital.start(), hospital.site.draw_seed(plan, "student")
         transfer = _said_by_all(hospital, hospitals, plan)
-        distil(student, hospital.labelled, transfer, plain, seed, Deadline(NO_LIMIT))
+        distil(student, hospital.labelled, transfer, plan, seed, Deadline(NO_LIMIT))
         trained[hospital.name] = student
     return trained
 
 
-def _said_by_all(hospital: Hospital, everyone: Sequence[Hospital], plan: RunPlan) -> TransferSet:
+def _said_by_all(hospital: Hospital, everyone: Sequence[Hospital], plan: RunPlan) -> TransferSet | None:
     """The site's own crops, labelled with the mean probability over all single-site teachers."""
-    images, masks = real_crops(hospital.train, plan, hospital.site.draw_seed(plan, "crops"))
-    exclusive = plan.data.exclusive
-    said = []
-    for other in everyone:
-        with other.teachers.visit(other.local_teacher) as network:
-            said.append(probabilities(teacher_logits(network, images, exclusive), exclusive))
-    logits = logits_of(torch.stack(said).mean(0), exclusive)
-    unused = torch.zeros(len(images), 1, 1, 1)  # features: those of several teachers have no mean
-    return TransferSet(
-        images, masks, torch.zeros(len(images), dtype=torch.bool), logits.half(), unused, unused
-    )
+    crops = real_crops(hospital.train, plan, hospital.site.draw_seed(plan, "crops"))
+    images = gather(crops, None)
+    visits = [other.teachers.visit(other.local_teacher) for other in everyone]
+    return None if images is None else label_with_ensemble(visits, images, plan.data.exclusive)
 
 
 def _of(federation: Federation) -> Callable[[Sequence[Hospital], RunPlan], Trained]:
