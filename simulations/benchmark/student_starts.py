@@ -1,7 +1,9 @@
 """What each kind of student is worth from each start: labels alone, and distilled.
 
-    python -m simulations.benchmark.student_starts RECIPE [--kinds NAME,...] [--starts NAME,...]
+    python -m simulations.benchmark.student_starts RECIPE [--kinds NAME[:START+...],...] [--starts NAME,...]
         [--models student,local_only] [--seeds 0,1,2] [--json FILE] [key=value ...]
+
+A kind has the starts of ``--starts`` unless it names its own: ``--kinds unet-xs,unet-s:shipped+random``.
 
 The federation runs once a seed, up to the students: real sites, guards, messages and state over the loopback
 engine. All kinds and starts then learn from the same labelled batches and, as ``student``, from the same
@@ -104,11 +106,18 @@ class Classroom:
 
 
 def rows_of(kinds: Sequence[str], starts: Sequence[str], models: Sequence[str]) -> list[Row]:
-    """All of them together; kinds without weights have no row from shipped ones.
+    """Each kind with its own starts, or with ``starts``; kinds without weights have no row from shipped ones.
+
+    Args:
+        kinds: names, each with starts of its own behind a colon or with none: ``unet-s:shipped+random``.
 
     Raises ``UsageError`` for names that there are none of, all at once.
     """
-    known = {"--kinds": (kinds, STUDENTS), "--starts": (starts, list(Start)), "--models": (models, MODELS)}
+    asked_of = {kind: own.split("+") if own else starts for kind, _, own in (k.partition(":") for k in kinds)}
+    all_starts = dict.fromkeys([*starts, *(start for own in asked_of.values() for start in own)])
+    known = {
+        "--kinds": (asked_of, STUDENTS), "--starts": (all_starts, list(Start)), "--models": (models, MODELS),
+    }  # fmt: skip
     faults = [
         f"{option}: no {name!r}; choose from {', '.join(choices)}"
         for option, (asked, choices) in known.items()
@@ -119,8 +128,8 @@ def rows_of(kinds: Sequence[str], starts: Sequence[str], models: Sequence[str]) 
         raise UsageError("rows that cannot be measured", faults)
     return [
         Row(kind, Start(start), model)
-        for kind in kinds
-        for start in starts
+        for kind, own in asked_of.items()
+        for start in own
         for model in models
         if start != Start.shipped or kind in SHIPPED_STUDENTS
     ]

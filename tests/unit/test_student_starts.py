@@ -78,6 +78,10 @@ def test_rows_are_all_of_them_but_those_without_weights() -> None:
         "unet-xs from shipped, student", "unet-xs from shipped, local_only",
         "vit-tiny from random, student", "vit-tiny from random, local_only",
     ]  # fmt: skip
+    own = rows_of(["unet-s:mae+random", "mobile"], ["shipped"], ["student"])
+    assert [str(row) for row in own] == [
+        "unet-s from mae, student", "unet-s from random, student", "mobile from shipped, student",
+    ]  # fmt: skip
     with pytest.raises(UsageError) as refused:
         rows_of(["unet"], ["shiped"], ["teacher"])
     assert [fault.split(";")[0] for fault in refused.value.faults] == [
