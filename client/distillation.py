@@ -7,8 +7,8 @@ weights for pixels. A term whose weight is 0 is not computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 
 import numpy as np
@@ -35,7 +35,39 @@ from common.plan import RunPlan
 from common.probability import probabilities
 from common.recipe import StudentConfig, SyntheticLabels
 
-View = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Symmetry:
+    """One of the square's symmetries, the same for an image and for all that is kept of it.
+
+    ``turn`` exchanges rows and columns, then each of ``flips`` (2: rows, 3: columns) turns round.
+    """
+
+    flips: tuple[int, ...] = ()
+    turn: bool = False
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Symmetry:
+        flips = tuple(axis for axis in (2, 3) if rng.random() < 0.5)
+        return cls(flips, bool(rng.random() < 0.5))
+
+    def __call__(self, stored: Tensor) -> Tensor:
+        """``stored`` (N, C, S, S) as the student sees it; float32."""
+        part = stored.float()
+        return (part.transpose(2, 3) if self.turn else part).flip(self.flips)
+
+    def every(self, stride: int, row: int, column: int, side: int) -> tuple[slice, slice]:
+        """Rows and columns of a stored map of ``side`` that the student sees from (row, column) on.
+
+        Guarantee: ``self(stored[..., rows, columns])`` is ``self(stored)[..., row::stride, column::stride]``,
+        and only the named positions are read.
+        """
+        starts = [
+            (side - 1 - start) % stride if axis in self.flips else start
+            for axis, start in ((2, row), (3, column))
+        ]
+        first, second = reversed(starts) if self.turn else starts
+        return slice(first, None, stride), slice(second, None, stride)
 
 
 class _Alignment(nn.Module):
@@ -144,8 +176,8 @@ class _Lesson:
         """Of the next ``transfer_batch_size`` images, mirrored, turned and with another gamma."""
         settings, exclusive = self.plan.student, self.plan.data.exclusive
         chosen = _draw(self.transfer, settings.transfer_batch_size, settings.synthetic_share, rng)
-        view = _symmetry(rng)
-        part = self.transfer.select(chosen)
+        view = Symmetry.draw(rng)
+        part = replace(self.transfer, features=None).select(chosen)
         image = view(part.images)
         gamma = torch.from_numpy(np.exp(rng.normal(0, 0.15, (len(image), 1, 1, 1)))).float()
         output = self.student.outputs(image**gamma)
@@ -157,13 +189,14 @@ class _Lesson:
             loss = segmentation_loss(output.logits, view(part.masks), exclusive)
             terms.append(settings.supervised_weight * loss)
         if self.aligned is not None:
-            terms.append(settings.feature_weight * self._feature_loss(output, part, view, rng))
+            loss = self._deep_loss(output, part, view) + self._late_loss(output, chosen, view, rng)
+            terms.append(settings.feature_weight * loss)
         if self.distances is not None:
             found = probabilities(output.logits, exclusive)
             terms.append(settings.boundary_weight * boundary_loss(found, view(self.distances[chosen])))
         return sum(terms[1:], terms[0])
 
-    def _output_loss(self, logits: Tensor, part: TransferSet, view: View) -> Tensor:
+    def _output_loss(self, logits: Tensor, part: TransferSet, view: Symmetry) -> Tensor:
         """Softened outputs pixel by pixel, and their overlap."""
         assert part.logits is not None
         settings, exclusive = self.plan.student, self.plan.data.exclusive
@@ -173,21 +206,26 @@ class _Lesson:
         softened = softened_logit_loss(logits, teacher, settings.temperature, exclusive, weight)
         return softened + soft_dice_loss(probabilities(logits, exclusive), view(_targets(part, self.plan)))
 
-    def _feature_loss(
-        self, output: StudentOutput, part: TransferSet, view: View, rng: np.random.Generator
-    ) -> Tensor:
-        """The encoder's and the decoder's; these on every ``feature_stride``-th position of a moving grid."""
+    def _deep_loss(self, output: StudentOutput, part: TransferSet, view: Symmetry) -> Tensor:
+        """The encoder's features."""
         assert self.aligned is not None
         assert part.tokens is not None
-        assert part.features is not None
         deep, tokens = self.aligned.deep(output.deep), view(part.tokens)
         if tokens.shape[-2:] != deep.shape[-2:]:
             tokens = F.interpolate(tokens, deep.shape[-2:], mode="bilinear", align_corners=False)
-        late, features, stride = output.late, view(part.features), self.plan.student.feature_stride
-        if stride > 1:
-            row, column = rng.integers(stride, size=2)
-            late, features = (found[..., row::stride, column::stride] for found in (late, features))
-        return feature_loss(deep, tokens) + feature_loss(self.aligned.late(late), features)
+        return feature_loss(deep, tokens)
+
+    def _late_loss(
+        self, output: StudentOutput, chosen: Tensor, view: Symmetry, rng: np.random.Generator
+    ) -> Tensor:
+        """The decoder's features, on every ``feature_stride``-th row and column of a moving grid."""
+        assert self.aligned is not None
+        assert self.transfer.features is not None
+        features, stride = self.transfer.features, self.plan.student.feature_stride
+        row, column = rng.integers(stride, size=2).tolist() if stride > 1 else (0, 0)
+        rows, columns = view.every(stride, row, column, features.shape[-1])
+        late = self.aligned.late(output.late[..., row::stride, column::stride])
+        return feature_loss(late, view(features[chosen, :, rows, columns]))
 
 
 def _draw(transfer: TransferSet, count: int, share: float, rng: np.random.Generator) -> Tensor:
@@ -199,18 +237,6 @@ def _draw(transfer: TransferSet, count: int, share: float, rng: np.random.Genera
     painted = round(count * share)
     parts = [rng.choice(synthetic, painted), rng.choice(real, count - painted)]
     return torch.from_numpy(np.concatenate(parts))
-
-
-def _symmetry(rng: np.random.Generator) -> View:
-    """One of the square's symmetries, the same for an image and for all that is kept of it; as float32."""
-    flips = [axis for axis in (2, 3) if rng.random() < 0.5]
-    turn = bool(rng.random() < 0.5)
-
-    def view(stored: Tensor) -> Tensor:
-        part = stored.float()
-        return (part.transpose(2, 3) if turn else part).flip(flips)
-
-    return view
 
 
 def _targets(part: TransferSet, plan: RunPlan) -> Tensor:

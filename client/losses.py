@@ -78,8 +78,11 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Written out, as `F.cosine_similarity` along the second dimension takes three times as long.
     """
-    both = (student * teacher).sum(1)
-    lengths = (student.square().sum(1) * teacher.square().sum(1)).clamp(min=1e-16).sqrt()
+    both, *squares = (
+        torch.linalg.vecdot(one, other, dim=1)
+        for one, other in ((student, teacher), (student, student), (teacher, teacher))
+    )
+    lengths = (squares[0] * squares[1]).clamp(min=1e-16).sqrt()
     return (1 - both / lengths).mean()
 
 

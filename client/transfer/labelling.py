@@ -63,11 +63,6 @@ def teacher_outputs(teacher: Teacher, images: Tensor, exclusive: bool) -> Output
     return Outputs(torch.cat(logits), torch.cat(tokens), torch.cat(features))
 
 
-def label_with_teacher(teacher: Teacher, unlabelled: TransferSet, exclusive: bool) -> TransferSet:
-    """``unlabelled`` with the teacher's outputs and with the features that a student is aligned with."""
-    return replace(unlabelled, **vars(teacher_outputs(teacher, unlabelled.images, exclusive)))
-
-
 def label_with_ensemble(
     teachers: Sequence[AbstractContextManager[Teacher]], unlabelled: TransferSet, exclusive: bool
 ) -> TransferSet:
@@ -103,16 +98,3 @@ def gather(
         painted = torch.ones(len(synthetic), dtype=torch.bool)
         parts.append(TransferSet(synthetic.images, synthetic.masks, painted))
     return join(parts)
-
-
-def assemble_transfer_set(
-    real: tuple[Tensor, Tensor] | None,
-    synthetic: SyntheticSet | None,
-    teacher: Teacher | None,
-    exclusive: bool,
-) -> TransferSet | None:
-    """Join real crops and synthetic images and label both; without a teacher only masked ones are usable."""
-    joined = gather(real, synthetic, masked=teacher is None)
-    if joined is None or teacher is None:
-        return joined
-    return label_with_teacher(teacher, joined, exclusive)

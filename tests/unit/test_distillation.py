@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 import client.distillation as distillation
 from client.deadline import Deadline
-from client.distillation import distil
+from client.distillation import Symmetry, distil
 from client.losses import (
     boundary_loss,
     certainty_weights,
@@ -27,7 +28,7 @@ from client.losses import (
 from client.patients import Patient
 from client.sampling import PatchSampler
 from client.students import Student, build_student
-from client.transfer.labelling import assemble_transfer_set
+from client.transfer.labelling import gather, teacher_outputs
 from client.transfer.sets import TransferSet, real_crops
 from client.variants import VARIANTS
 from common.config import load_recipe
@@ -44,9 +45,10 @@ FOREVER = Deadline(1e9)
 def transfer(smoke_plan: RunPlan, patients: list[Patient]) -> TransferSet:
     teacher = resident_teacher(smoke_plan.teacher, smoke_plan.data)
     with teacher.visit(initial_adapter(smoke_plan.teacher, smoke_plan.data, 0)) as network:
-        made = assemble_transfer_set(real_crops(patients, smoke_plan, 0), None, network, False)
-    assert made is not None
-    return replace(made, synthetic=torch.arange(len(made)) % 3 == 0)
+        found = gather(real_crops(patients, smoke_plan, 0), None)
+        assert found is not None
+        said = vars(teacher_outputs(network, found.images, False))
+    return replace(found, **said, synthetic=torch.arange(len(found)) % 3 == 0)
 
 
 def with_student(plan: RunPlan, **changes: object) -> RunPlan:
@@ -174,6 +176,16 @@ def test_a_stride_compares_features_on_a_grid_that_moves_and_covers_everything(
     assert set(sizes[1::2]) == {(side // 2, side // 2)}
     assert len(set(late)) > 1
     assert frozenset.union(*late) == frozenset(range(side * side))
+
+
+def test_a_symmetry_sees_the_same_grid_whether_it_reads_all_or_every_so_many_th_position() -> None:
+    stored = torch.arange(2 * 7 * 7.0).view(1, 2, 7, 7)
+    for flips, turn, stride in product([(), (2,), (3,), (2, 3)], [False, True], [1, 2, 3]):
+        view = Symmetry(flips, turn)
+        for row, column in product(range(stride), repeat=2):
+            rows, columns = view.every(stride, row, column, 7)
+            wanted = view(stored)[..., row::stride, column::stride]
+            assert torch.equal(view(stored[..., rows, columns]), wanted)
 
 
 # -- what is off changes nothing ---------------------------------------------------------------------

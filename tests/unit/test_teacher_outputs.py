@@ -21,7 +21,7 @@ from client.painters import SyntheticSet
 from client.patients import Patient
 from client.students import build_student
 from client.transfer.kept import OutputCache, packed, row_keys, unpacked
-from client.transfer.labelling import Outputs, gather, label_with_ensemble, label_with_teacher
+from client.transfer.labelling import Outputs, gather, label_with_ensemble, teacher_outputs
 from client.transfer.sets import TransferSet, real_crops
 from client.transfer.views import AS_IT_IS, view_of, with_views
 from common.adapter import Adapter
@@ -269,8 +269,7 @@ def test_an_ensemble_is_the_mean_probability_and_teaches_by_outputs_alone(
     alone = []
     for adapter in (start, other):
         with teacher.visit(adapter) as network:
-            known = label_with_teacher(network, crops, False)
-            assert known.logits is not None
+            known = teacher_outputs(network, crops.images, False)
             alone.append(known.logits.float().sigmoid())
     found = label_with_ensemble([teacher.visit(start), teacher.visit(other)], crops, False)
     assert found.logits is not None

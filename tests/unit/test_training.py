@@ -25,7 +25,7 @@ from client.losses import feature_loss, segmentation_loss, soft_dice_loss, softe
 from client.patients import Patient
 from client.students import build_student
 from client.style import summarise_style
-from client.transfer.labelling import assemble_transfer_set
+from client.transfer.labelling import gather, teacher_outputs
 from client.transfer.sets import TransferSet, real_crops
 from client.variants import VARIANTS, Start
 from common.adapter import Adapter
@@ -234,9 +234,9 @@ def test_agreement_is_dice() -> None:
 @pytest.fixture
 def transfer(smoke_plan: RunPlan, teacher: ResidentTeacher, patients: list[Patient]) -> TransferSet:
     with teacher.visit(start(smoke_plan)) as network:
-        made = assemble_transfer_set(real_crops(patients, smoke_plan, 0), None, network, False)
-    assert made is not None
-    return made
+        found = gather(real_crops(patients, smoke_plan, 0), None)
+        assert found is not None
+        return replace(found, **vars(teacher_outputs(network, found.images, False)))
 
 
 def test_no_teacher_is_called_while_a_student_learns(
@@ -307,7 +307,7 @@ def test_variants_differ_in_one_ingredient_each() -> None:
 
 
 def test_without_a_teacher_only_what_has_a_mask_is_used(smoke_plan: RunPlan, patients: list[Patient]) -> None:
-    assert assemble_transfer_set(real_crops(patients, smoke_plan, 0), None, None, False) is None
+    assert gather(real_crops(patients, smoke_plan, 0), None, masked=True) is None
     student = build_student("unet-xs", smoke_plan.data, True, 0)
     losses = distil(student, patients, None, smoke_plan, 0, FOREVER)
     assert np.isfinite(losses).all()
