@@ -33,7 +33,15 @@ class OnnxNetwork(nn.Module):
             raise ArtefactError(f"{path} is no ONNX file that can be run ({type(error).__name__})") from error
 
     def forward(self, tiles: Tensor) -> Tensor:
-        (logits,) = self.session.run([OUTPUT], {INPUT: tiles.contiguous().numpy()})
+        """Raises `ArtefactError` if the file cannot take tiles of this size."""
+        try:
+            (logits,) = self.session.run([OUTPUT], {INPUT: tiles.contiguous().numpy()})
+        except Exception as error:  # onnxruntime has a class of its own for each fault
+            size = " x ".join(map(str, tiles.shape[-2:]))
+            raise ArtefactError(
+                f"the ONNX file cannot take tiles of {size} pixels ({type(error).__name__}): use those of "
+                "the size that its card names"
+            ) from error
         return torch.from_numpy(logits)
 
     @property

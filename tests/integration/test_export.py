@@ -80,8 +80,12 @@ def test_the_command_line_offers_every_format() -> None:
 
 @pytest.mark.parametrize("name", STUDENTS)
 @pytest.mark.parametrize("kind", ["onnx", "torchscript"])
-def test_every_student_is_the_same_network_in_every_format(tmp_path: Path, name: str, kind: str) -> None:
-    data = replace(DATA, classes=[ClassConfig("a", 1, "blob"), ClassConfig("b", 2, "region")])
+@pytest.mark.parametrize("size", [64, 96])
+def test_every_student_is_the_same_network_in_every_format(
+    tmp_path: Path, name: str, kind: str, size: int
+) -> None:
+    classes = [ClassConfig("a", 1, "blob"), ClassConfig("b", 2, "region")]
+    data = replace(DATA, image_size=size, classes=classes)
     weights = save(tmp_path, name, data)
     out = tmp_path / NAMES[kind]
     card = export_student(weights, ExportRequest(kind, out))
@@ -89,7 +93,7 @@ def test_every_student_is_the_same_network_in_every_format(tmp_path: Path, name:
     assert entry["about"]["largest_difference"] <= TOLERANCE
     trained, exported = load_student(weights), load_runnable(out)
     assert exported.card == trained.card
-    shapes = [(1, 64, 64), (5, 64, 64)] + [(2, 128, 96)] * entry["about"]["any_size"]
+    shapes = [(1, size, size), (5, size, size)] + [(2, 2 * size, size + 32)] * entry["about"]["any_size"]
     for batch, height, width in shapes:
         tiles = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(batch))
         with torch.inference_mode():
@@ -158,6 +162,9 @@ def test_a_network_of_one_size_is_exported_for_that_size(
         fidelity = module(student, tmp_path / kind)
         assert not fidelity.any_size
         assert fidelity.largest_difference <= TOLERANCE
+    if network is OneSize:
+        with pytest.raises(ArtefactError, match="cannot take tiles of 128 x 64 pixels"):
+            client.export.onnx_file.OnnxNetwork(tmp_path / "a.onnx")(torch.zeros(1, 3, 128, 64))
 
 
 # --- used in the student's place ------------------------------------------------------------------
