@@ -27,6 +27,7 @@ from server.network.registry import Registry
 READY_S = 120.0
 LOOK_S = 1.0  # between two looks at members.json and at the two programs
 STRANGERS_S = 5.0
+NGINX_FOLDERS = os.pathsep.join(["/usr/sbin", "/usr/local/sbin"])  # not on every user's path
 NO_NGINX = "nginx is not installed: apt install nginx (or name it: NGINX=/path/to/nginx)"
 
 # What the SuperLink writes at every look at it, a node's or our own, and that is worth no line.
@@ -39,11 +40,7 @@ Say = Callable[[str], None]
 
 def find_nginx() -> str:
     """Raises ``ConfigError`` naming the command that installs it."""
-    found = (
-        os.environ.get("NGINX")
-        or shutil.which("nginx")
-        or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-    )
+    found = os.environ.get("NGINX") or shutil.which("nginx") or shutil.which("nginx", path=NGINX_FOLDERS)
     if not found:
         raise ConfigError(NO_NGINX)
     return found
