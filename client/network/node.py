@@ -75,8 +75,8 @@ def run_node(
         ArtefactError: a certificate is over, or not of the kit's authority.
         FederationError: the coordinator is not reached, or does not take this site's key.
     """
-    for expiry in look(plan.kit, now):
-        say(f"warning: {expiry}: tell the coordinator")
+    for warning in look(plan.kit, now):
+        say(f"warning: {warning}")
     home = plan.folder / "network" / "flower"
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     node = Child("the SuperNode", plan.command(), say, flower_environment(home))
@@ -90,13 +90,19 @@ def run_node(
         raise explain(code, node.lines(), plan)
 
 
-def look(kit: Kit, now: datetime) -> list[Expiry]:
-    """The certificates that end soon. Raises like `run_node`, before anything is started."""
+def look(kit: Kit, now: datetime) -> list[str]:
+    """What will soon be wrong: certificates, clocks. Raises like `run_node`, before anything is started."""
     authority = Expiry.of("the kit's authority", kit.authority, now)
     if authority.over:
         raise ArtefactError(f"{authority}: ask the coordinator for a new kit, then wardround site join")
     server = shake_hands(kit.host, kit.port, kit.ca_certificate, now)
-    return [expiry for expiry in (server, authority) if expiry.near]
+    found = [f"{expiry}: tell the coordinator" for expiry in (server.expiry, authority) if expiry.near]
+    if server.clock_s is not None and server.apart:
+        found.append(
+            f"this machine's clock and the coordinator's are {abs(server.clock_s):.0f} s apart: at 300 s "
+            "this site is turned away; set it (timedatectl set-ntp true)"
+        )
+    return found
 
 
 def explain(code: int, lines: Sequence[str], plan: NodePlan) -> WardroundError:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.errors import ConfigError, DeadlinePassed, FederationError
+from common.network.proxies import loopback_unproxied
 
 KEPT_LINES = 200
 GRACE_S = 10.0
@@ -43,7 +44,7 @@ def flower_environment(home: Path) -> dict[str, str]:
     """
     programs = sysconfig.get_path("scripts")
     path = os.pathsep.join([programs, os.environ.get("PATH", os.defpath)])
-    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
+    return {**os.environ, **QUIET, **loopback_unproxied(), "FLWR_HOME": str(home), "PATH": path}
 
 
 class Child:

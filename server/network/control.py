@@ -6,6 +6,7 @@ to the API itself, which is Flower's own affair and may change: Wardround pins 1
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpI
 
 from common.errors import FederationError
 from common.network.identity import fingerprint_of
+from common.network.proxies import loopback_unproxied
 from server.network.consortium import Consortium
 
 UNREGISTERED = "unregistered"
@@ -70,6 +72,7 @@ class Control:
 @contextmanager
 def control_of(consortium: Consortium) -> Iterator[Control]:
     """The control API of the consortium's SuperLink. Raises ``FederationError`` if it does not answer."""
+    os.environ.update(loopback_unproxied())  # httpx asks it for proxies
     client = ControlHttpClient.from_server_address(
         server_address=consortium.loopback_address,
         insecure=False,

@@ -57,16 +57,36 @@ def nginx_conf(proxy: Proxy) -> str:
 
     Raises ``ConfigError`` if a path could be read as something else.
     """
-    folder = _quoted(proxy.folder)
     return f"""\
 # Made by wardround consortium serve, which replaces it at each start.
 worker_processes auto;
-pid "{folder}/nginx.pid";
-error_log "{folder}/error.log" warn;
+pid "{_quoted(proxy.folder)}/nginx.pid";
+error_log "{_quoted(proxy.folder)}/error.log" warn;
 events {{ worker_connections 1024; }}
 http {{
   server_tokens off;
   default_type application/octet-stream;
+{_log(_quoted(proxy.folder))}
+  upstream superlink {{ server 127.0.0.1:{proxy.upstream_port}; keepalive 16; }}
+  server {{
+    listen {bracketed(proxy.listen[0])}:{proxy.listen[1]} ssl;
+    ssl_certificate "{_quoted(proxy.server)}.crt";
+    ssl_certificate_key "{_quoted(proxy.server)}.key";
+    ssl_protocols TLSv1.2 TLSv1.3;
+    ssl_session_tickets off;
+    keepalive_timeout 75s;
+    client_max_body_size {proxy.body_mb}m;
+    client_body_buffer_size 64k;
+{_verbs(_quoted(proxy.loopback_ca))}
+    location / {{ return 404; }}
+  }}
+}}
+"""
+
+
+def _log(folder: str) -> str:
+    """Where nginx writes: one line a request that says something, and nothing of a body."""
+    return f"""\
   client_body_temp_path "{folder}/temp/body";
   proxy_temp_path "{folder}/temp/proxy";
   fastcgi_temp_path "{folder}/temp/fastcgi";
@@ -83,26 +103,19 @@ http {{
     "200 /v1/fleet/send-node-heartbeat" 0;
   }}
   access_log "{folder}/access.log" audit if=$told;
+"""
 
-  upstream superlink {{ server 127.0.0.1:{proxy.upstream_port}; keepalive 16; }}
-  server {{
-    listen {bracketed(proxy.listen[0])}:{proxy.listen[1]} ssl;
-    ssl_certificate "{_quoted(proxy.server)}.crt";
-    ssl_certificate_key "{_quoted(proxy.server)}.key";
-    ssl_protocols TLSv1.2 TLSv1.3;
-    ssl_session_tickets off;
-    keepalive_timeout 75s;
-    client_max_body_size {proxy.body_mb}m;
-    client_body_buffer_size 64k;
 
+def _verbs(loopback_ca: str) -> str:
+    """The one way through, made anew from the verb: what a stranger wrote never reaches the SuperLink."""
+    return f"""
     location ~ ^/v1/fleet/({"|".join(FLEET_VERBS)})$ {{
       limit_except POST {{ deny all; }}
-      # The path is made anew from the verb; what a stranger wrote never reaches the SuperLink.
       proxy_pass https://superlink/v1/fleet/$1;
       proxy_http_version 1.1;
       proxy_set_header Connection "";
       proxy_set_header Host localhost;
-      proxy_ssl_trusted_certificate "{_quoted(proxy.loopback_ca)}";
+      proxy_ssl_trusted_certificate "{loopback_ca}";
       proxy_ssl_verify on;
       proxy_ssl_name localhost;
       proxy_ssl_server_name on;
@@ -114,11 +127,7 @@ http {{
       proxy_request_buffering off;
       proxy_buffering off;
       proxy_max_temp_file_size 0;
-    }}
-    location / {{ return 404; }}
-  }}
-}}
-"""
+    }}"""
 
 
 def _quoted(path: Path) -> str:

@@ -13,12 +13,10 @@ import pytest
 from cryptography import x509
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
-from common.errors import ArtefactError, ConfigError, FederationError
-from common.network.certificates import Expiry, authority_faults, system_clock
-from common.network.handshake import shake_hands
+from common.errors import ArtefactError, ConfigError
+from common.network.certificates import Expiry, authority_faults
 from server.network.authority import CA_CERTIFICATE, CA_KEY, authority_fingerprint, issue, read_certificate
 from server.network.consortium import LOOPBACK_STEM, SERVER, Consortium, Settings
-from tests.tls import free_port, tls_server
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 HOST = "fed.example.org"
@@ -165,39 +163,3 @@ def test_an_expiry_says_when_and_how_long() -> None:
     expiry = Expiry("it", begins, begins + timedelta(days=40), begins + timedelta(days=15))
     assert (expiry.days, expiry.near, expiry.over, expiry.early) == (25, True, False, False)
     assert str(expiry) == "it ends on 2026-02-10 00:00 UTC, in 25 days"
-
-
-# What a hospital is told before its node is started, over a real handshake.
-
-
-def greeted(consortium: Consortium, authority: Consortium, host: str = "localhost") -> Expiry:
-    stem = consortium.folder / SERVER
-    with tls_server(stem.with_suffix(".crt"), stem.with_suffix(".key")) as port:
-        return shake_hands(host, port, authority.ca_pem, system_clock())
-
-
-def test_a_server_in_order_is_greeted_and_says_when_its_certificate_ends(tmp_path: Path) -> None:
-    consortium = made(tmp_path / "c", system_clock(), "localhost")
-    assert greeted(consortium, consortium).days in (89, 90)
-
-
-def test_another_authoritys_server_is_told_from_an_expired_one_and_from_another_host(tmp_path: Path) -> None:
-    now = system_clock()
-    ours, theirs = made(tmp_path / "ours", now, "localhost"), made(tmp_path / "theirs", now, "localhost")
-    with pytest.raises(ArtefactError, match="not of this kit's authority"):
-        greeted(theirs, ours)
-    with pytest.raises(ArtefactError, match="for another host"):
-        greeted(ours, ours, "127.0.0.1")
-    over = made(tmp_path / "over", now - timedelta(days=100), "localhost")
-    with pytest.raises(ArtefactError, match="has expired") as caught:
-        greeted(over, over)
-    assert "wardround consortium renew" in str(caught.value)
-
-
-def test_nobody_there_is_told_from_no_tls_and_from_no_such_host(tmp_path: Path) -> None:
-    consortium = made(tmp_path / "c", system_clock(), "localhost")
-    port = free_port()
-    with pytest.raises(FederationError, match=f"nobody listens on localhost:{port}"):
-        shake_hands("localhost", port, consortium.ca_pem, system_clock())
-    with pytest.raises(FederationError, match="has no address"):
-        shake_hands("nowhere.invalid", port, consortium.ca_pem, system_clock())
