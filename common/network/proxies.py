@@ -1,4 +1,4 @@
-"""The proxy that the environment names: Flower's programs use it, but none is asked for this machine itself."""
+"""The proxy that the environment names: Flower uses it, but none is asked for this machine itself."""
 
 from __future__ import annotations
 
