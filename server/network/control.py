@@ -7,9 +7,10 @@ to the API itself, which is Flower's own affair and may change: Wardround pins 1
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 from cryptography.hazmat.primitives import serialization
@@ -36,13 +37,13 @@ class Node:
 
 
 class Control:
-    """A `server.network.registry.Fleet`. Every method raises ``FederationError`` if the SuperLink refuses."""
+    """A `server.network.registry.Fleet`. Each call raises ``FederationError`` if it is refused or not answered."""
 
     def __init__(self, client: ControlHttpClient) -> None:
         self._client = client
 
     def nodes(self) -> list[Node]:
-        found = self._client.ListNodes(ListNodesRequest()).nodes_info
+        found = self._ask(self._client.ListNodes, ListNodesRequest()).nodes_info
         return [Node(node.node_id, _fingerprint(node.public_key), node.status) for node in found]
 
     def register(self, pem: bytes, name: str) -> int:
@@ -53,7 +54,8 @@ class Control:
                 if node.status == UNREGISTERED:
                     raise FederationError(f"the SuperLink takes no key back that was removed: {name}'s")
                 return node.node_id
-        return int(self._client.RegisterNode(RegisterNodeRequest(public_key=pem, name=name)).node_id)
+        made = self._ask(self._client.RegisterNode, RegisterNodeRequest(public_key=pem, name=name))
+        return int(made.node_id)
 
     def unregister(self, pem: bytes) -> None:
         """From now on it is refused, in the middle of a run too. One that is not known is no fault."""
@@ -66,12 +68,22 @@ class Control:
     def turn_out(self, fingerprint: str) -> None:
         for node in self.nodes():
             if node.fingerprint == fingerprint and node.status != UNREGISTERED:
-                self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
+                self._ask(self._client.UnregisterNode, UnregisterNodeRequest(node_id=node.node_id))
+
+    @staticmethod
+    def _ask(call: Callable[[Any], Any], request: Any) -> Any:
+        try:
+            return call(request)
+        except httpx.HTTPStatusError as error:
+            said = f"{error.response.status_code}: {error.response.text[:200]}"
+            raise FederationError(f"the SuperLink refused ({said})") from error
+        except (httpx.HTTPError, RuntimeError) as error:
+            raise FederationError(f"the SuperLink does not answer: {error}") from error
 
 
 @contextmanager
 def control_of(consortium: Consortium) -> Iterator[Control]:
-    """The control API of the consortium's SuperLink. Raises ``FederationError`` if it does not answer."""
+    """The control API of the consortium's SuperLink."""
     os.environ.update(loopback_unproxied())  # httpx asks it for proxies
     client = ControlHttpClient.from_server_address(
         server_address=consortium.loopback_address,
@@ -81,14 +93,6 @@ def control_of(consortium: Consortium) -> Iterator[Control]:
     )
     try:
         yield Control(client)
-    except httpx.HTTPStatusError as error:
-        raise FederationError(
-            f"the SuperLink refused ({error.response.status_code}): {error.response.text[:200]}"
-        ) from error
-    except (httpx.HTTPError, RuntimeError) as error:
-        raise FederationError(
-            f"the SuperLink at {consortium.loopback_address} does not answer: {error}"
-        ) from error
     finally:
         client.close()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from common.durable import write_atomic
-from common.errors import ArtefactError, ConfigError
+from common.errors import ArtefactError, ConfigError, FederationError
 from common.network.documents import JoinRequest
 from common.network.identity import fingerprint_of, plain_fingerprint, public_pem, read_public_line
 from common.strict_json import read_strictly
@@ -156,20 +156,21 @@ class Registry:
     def settle(self, fleet: Fleet, anew: bool = False) -> list[Member]:
         """Tell ``fleet`` what it has not heard, and return those that it now has. May be repeated at will.
 
-        ``anew``: tell it of every member, as a SuperLink with a new database must be.
+        ``anew``: tell it of every member, as a SuperLink with a new database must be. Raises
+        ``FederationError`` once all have had their turn, with each that it refused.
         """
-        settled = []
+        settled, refused = [], []
         with self._locked() as members:
             for index, member in enumerate(members):
-                if member.state is State.queued or (anew and member.state is State.registered):
-                    node = fleet.register(member.pem, member.name)
-                    members[index] = replace(member, state=State.registered, node_id=node)
-                elif member.state is State.leaving:
-                    fleet.unregister(member.pem)
-                    members[index] = replace(member, state=State.removed)
+                try:
+                    members[index] = _told(fleet, member, anew)
+                except FederationError as error:
+                    refused.append(f"{member.name}: {error}")
                 if members[index] != member:
                     self._save(members)
                     settled.append(members[index])
+        if refused:
+            raise FederationError("the SuperLink was not told of every member", refused)
         return settled
 
     def turn_out_strangers(self, fleet: Fleet) -> list[str]:
@@ -195,3 +196,13 @@ class Registry:
     def _save(self, members: list[Member]) -> None:
         document = {"schema": SCHEMA, "members": [asdict(member) for member in members]}
         write_atomic(self._folder / MEMBERS, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def _told(fleet: Fleet, member: Member, anew: bool) -> Member:
+    """``member`` as it stands once ``fleet`` has heard of it."""
+    if member.state is State.queued or (anew and member.state is State.registered):
+        return replace(member, state=State.registered, node_id=fleet.register(member.pem, member.name))
+    if member.state is State.leaving:
+        fleet.unregister(member.pem)
+        return replace(member, state=State.removed)
+    return member

@@ -20,7 +20,7 @@ from common.network.handshake import shake_hands
 from common.network.identity import spoken
 from server.network.authority import CA_CERTIFICATE
 from server.network.consortium import LOOPBACK_STEM, SERVER, Consortium
-from server.network.control import Control, control_of
+from server.network.control import control_of
 from server.network.nginx import Proxy, nginx_conf
 from server.network.registry import Registry
 
@@ -114,8 +114,7 @@ def served(consortium: Consortium, say: Say, now: datetime) -> Iterator[list[Chi
     with ExitStack() as stack:
         superlink = _started(stack, consortium, "superlink", superlink_command(consortium))
         wait_until(lambda: superlink_answers(consortium), superlink, READY_S)
-        with control_of(consortium) as control:
-            _tell(consortium, control, say, anew=True)
+        _tell(consortium, say, anew=True)
         proxy = _started(stack, consortium, "nginx", _nginx_command(consortium, nginx))
         wait_until(lambda: _listens(consortium), proxy, READY_S)
         yield [superlink, proxy]
@@ -126,31 +125,41 @@ def attend(consortium: Consortium, programs: list[Child], stopped: Callable[[flo
 
     ``stopped(seconds)`` waits that long at most. Raises ``FederationError`` if a program ends by itself.
     """
-    registry, looked = Registry(consortium.folder), time.monotonic()
+    registry, looked, warned = Registry(consortium.folder), time.monotonic(), False
     while not stopped(LOOK_S):
         for program in programs:
             if (code := program.ended) is not None:
                 last = [line for line in program.lines() if line][-8:]
                 raise FederationError(f"{program.name} ended by itself with {code}", last)
-        due = time.monotonic() - looked > STRANGERS_S
-        if due or registry.unsettled():
+        if time.monotonic() - looked > STRANGERS_S or (registry.unsettled() and not warned):
             looked = time.monotonic()
-            try:
-                with control_of(consortium) as control:
-                    _tell(consortium, control, say)
-            except FederationError as error:
-                say(f"warning: {error}; it is tried again")
+            warned = not _tell(consortium, say, warned=warned)
 
 
-def _tell(consortium: Consortium, control: Control, say: Say, anew: bool = False) -> None:
+def _tell(consortium: Consortium, say: Say, anew: bool = False, warned: bool = False) -> bool:
+    """Whether the SuperLink now knows the members and nobody else; one that it refuses keeps no other out.
+
+    ``warned``: that it does not was said before, and is not said again.
+    """
     registry = Registry(consortium.folder)
-    for member in registry.settle(control, anew):
-        say(f"{member.name} is {member.state}: {spoken(member.fingerprint)}")
-    for fingerprint in registry.turn_out_strangers(control):
-        say(
-            "warning: a node that is no member was registered on this machine, and is turned out: "
-            f"{spoken(fingerprint)}"
-        )
+    before = {member.fingerprint: member.state for member in registry.members()}
+    complete = True
+    try:
+        with control_of(consortium) as control:
+            for fingerprint in registry.turn_out_strangers(control):
+                say(
+                    "warning: a node that is no member was registered on this machine, and is turned out: "
+                    f"{spoken(fingerprint)}"
+                )
+            registry.settle(control, anew)
+    except FederationError as error:
+        if not warned:
+            say(f"warning: {error}\nIt is tried again every {STRANGERS_S:g} s.")
+        complete = False
+    for member in registry.members():
+        if before.get(member.fingerprint) != member.state:
+            say(f"{member.name} is {member.state}: {spoken(member.fingerprint)}")
+    return complete
 
 
 def _started(stack: ExitStack, consortium: Consortium, name: str, command: list[str]) -> Child:

@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -31,13 +33,14 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from google.protobuf.message import Message
 
-from client.network.joining import KIT
+from client.network.joining import KIT, NODE_KEY
 from client.network.node import NodePlan, explain
-from common.errors import ArtefactError, ConfigError
+from common.errors import ArtefactError, FederationError
 from common.network.children import Child, flower_environment
 from common.network.documents import read_kit, write_document
-from common.network.identity import public_pem
+from common.network.identity import public_pem, read_node_key
 from server.network.consortium import Consortium
+from server.network.control import control_of
 from server.network.membership import kit_for
 from server.network.nginx import FLEET_VERBS
 from server.network.registry import Registry
@@ -220,7 +223,7 @@ def test_no_header_of_a_node_is_in_a_log_and_no_body_on_the_disk(fleet: Fleet) -
 # --- the hospitals ------------------------------------------------------------------------------------
 
 
-def test_a_member_connects_and_is_refused_once_it_is_removed_like_a_stranger(fleet: Fleet) -> None:
+def test_a_member_connects_and_is_refused_once_it_is_removed(fleet: Fleet) -> None:
     node = fleet.node("harbour", free_port())
     with running(*node) as (process, said):
         wait_for("SuperNode ID", said, process)
@@ -232,14 +235,20 @@ def test_a_member_connects_and_is_refused_once_it_is_removed_like_a_stranger(fle
         code, text = ended(process, said)
         assert code == 30
         assert "turned this site away while it was connected" in text
-    # It comes again, and so does one that was never added.
-    with running(*node) as harbour, running(*fleet.node("stray", free_port())) as stray:
-        for process, said in (harbour, stray):
-            code, text = ended(process, said)
-            assert code == 30
-            assert "does not take this site's key" in text
-            assert "was removed: ask for wardround consortium members" in text
+    # It may come again with the same key, and is refused like whoever never was a member.
+    key = read_node_key(fleet.sites / "harbour" / NODE_KEY)
+    with client_of(FleetHttpClient, fleet.public, fleet.ca, key) as again:
+        asked = ActivateNodeRequest(public_key=public_pem(key.public_key()))
+        assert status_of(again.ActivateNode, asked) == 412
     assert fleet.online("harbour") is False
+
+
+def test_a_node_that_was_never_added_is_refused(fleet: Fleet) -> None:
+    with running(*fleet.node("stray", free_port())) as (process, said):
+        code, text = ended(process, said)
+    assert code == 30
+    assert "does not take this site's key" in text
+    assert "was removed: ask for wardround consortium members" in text
 
 
 def test_a_member_leaves_when_it_is_told_to(fleet: Fleet) -> None:
@@ -260,6 +269,12 @@ def test_a_node_registered_by_hand_is_turned_out(fleet: Fleet) -> None:
         found = inside.ListNodes(ListNodesRequest()).nodes_info
     assert {entry.node_id: entry.status for entry in found}[node] == "unregistered"
     assert Registry(fleet.consortium.folder).find("hill")
+    with control_of(fleet.consortium) as control:
+        with pytest.raises(FederationError, match="takes no key back that was removed: it's"):
+            control.register(pem, "it")
+        other = Ed25519PrivateKey.generate().public_key()
+        with pytest.raises(FederationError, match=r"the SuperLink refused \(4\d\d: "):
+            control.register(other.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), "other")
 
 
 def test_a_wrong_authority_an_expired_certificate_and_nobody_are_told_apart(fleet: Fleet) -> None:
@@ -288,33 +303,20 @@ def test_a_wrong_authority_an_expired_certificate_and_nobody_are_told_apart(flee
     (folder / KIT).write_bytes(kept)
 
 
-def test_what_flower_itself_says_of_a_certificate_and_a_port_is_understood(fleet: Fleet) -> None:
-    """Certificates change while a node runs, so Flower's own words are met too."""
+def test_what_flower_itself_says_of_a_certificate_is_understood(fleet: Fleet) -> None:
+    """A certificate may change while a node runs, and nobody looks at it first then."""
     other = Consortium.create(fleet.sites / "third", fleet.consortium.settings, 90, 825, datetime.now(UTC))
     plan = NodePlan.of(fleet.sites / "hill", fleet.sites / "guard.sock", free_port())
     authority = fleet.sites / "theirs.crt"
     authority.write_text(other.ca_pem)
     mistrusting = [str(authority) if word.endswith(".crt") else word for word in plan.command()]
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        crowded = replace(plan, runtime_port=taken.getsockname()[1])
-        refused, squeezed = alone(fleet, mistrusting, crowded.command())
-    assert isinstance(explain(*refused, plan), ArtefactError)
-    error = explain(*squeezed, crowded)
-    assert isinstance(error, ConfigError)
-    assert "--port" in error.message
-
-
-def alone(fleet: Fleet, *commands: list[str]) -> list[tuple[int, list[str]]]:
-    """Flower's SuperNodes without our look at the coordinator first: their exit codes and their words."""
-    home = flower_environment(fleet.sites / "flower")
-    children = [Child("node", command, lambda _: None, home) for command in commands]
+    node = Child("node", mistrusting, lambda _: None, flower_environment(fleet.sites / "flower"))
     try:
-        codes = [child.wait(START_S) for child in children]
-        assert None not in codes, [child.lines() for child in children]
-        return [(child.ended or 0, child.lines()) for child in children]
+        code = node.wait(START_S)
+        assert code is not None, node.lines()
+        assert isinstance(explain(code, node.lines(), plan), ArtefactError)
     finally:
-        for child in children:
-            child.stop()
+        node.stop()
 
 
 def test_serving_ends_with_both_its_programs(fleet: Fleet) -> None:

@@ -245,6 +245,26 @@ def test_members_are_told_to_the_superlink_once_and_wait_if_it_fails(
     assert set(superlink.known) == {second.fingerprint}
 
 
+def test_one_member_that_the_superlink_refuses_keeps_no_other_out(
+    tmp_path: Path, consortium: Consortium
+) -> None:
+    registry, superlink = Registry(consortium.folder), Superlink()
+    for name in ("first", "harbour", "hill"):
+        registry.add(joining(tmp_path, name), NOW)
+    refused = registry.find("first").fingerprint
+
+    class Choosy(Superlink):
+        def register(self, pem: bytes, name: str) -> int:
+            if self._key(pem) == refused:
+                raise FederationError("takes no key back")
+            return superlink.register(pem, name)
+
+    with pytest.raises(FederationError) as caught:
+        registry.settle(Choosy())
+    assert caught.value.faults == ("first: takes no key back",)
+    assert list(states(registry).values()) == [State.queued, State.registered, State.registered]
+
+
 def test_a_superlink_with_a_new_database_learns_the_members_and_no_other(
     tmp_path: Path, consortium: Consortium
 ) -> None:

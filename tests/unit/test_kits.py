@@ -196,6 +196,14 @@ def test_an_expired_kit_is_told_before_anything_starts(tmp_path: Path, consortiu
         look(plan.kit, NOW + timedelta(days=826))
 
 
+def test_a_port_that_is_taken_is_told_as_uvicorn_says_it(tmp_path: Path, consortium: Consortium) -> None:
+    plan = node_plan(tmp_path, consortium)
+    said = "[Errno 98] error while attempting to bind on ('127.0.0.1', 9094): address already in use"
+    error = explain(1, [said, "RuntimeError: SuperNode Runtime HTTP API failed to start."], plan)
+    assert isinstance(error, ConfigError)
+    assert "choose another with --port" in error.message
+
+
 def test_an_end_that_nobody_knows_shows_the_last_lines(tmp_path: Path, consortium: Consortium) -> None:
     plan = node_plan(tmp_path, consortium)
     error = explain(7, ["", "first", *map(str, range(8))], plan)
