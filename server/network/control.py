@@ -37,7 +37,7 @@ class Node:
 
 
 class Control:
-    """A `server.network.registry.Fleet`. Each call raises ``FederationError`` if it is refused or not answered."""
+    """A `server.network.registry.Fleet`. Raises ``FederationError`` for what is refused or not answered."""
 
     def __init__(self, client: ControlHttpClient) -> None:
         self._client = client
