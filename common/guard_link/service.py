@@ -7,7 +7,6 @@ its owner's and its group's, and its folder is closed to everybody else.
 from __future__ import annotations
 
 import os
-import signal
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from common.guard_link.frames import FRAME_BYTES, frames_of, message_of
 from common.guard_link.guard_pb2 import DescribeRequest, Description, Frame
 from common.guard_link.guard_pb2_grpc import GuardServicer, GuardStub, add_GuardServicer_to_server
 from common.plan import Stage
+from common.signals import told_to_end
 
 LONGEST_PATH = 100  # bytes; the system's own limit for a socket is 107
 GRACE_S = 2.0
@@ -92,15 +92,8 @@ def served(door: Door, answer: Answer, about: Description) -> Iterator[None]:
 
 def wait_for_signal() -> None:
     """Returns when this process is told to end (SIGTERM, Ctrl-C)."""
-    told = threading.Event()
-    before = {
-        number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
+    with told_to_end() as told:
         told.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def describe(socket: Path, timeout_s: float = 2.0) -> Description | None:

@@ -38,6 +38,12 @@ def test_a_hospitals_module_talks_to_nobody(path: Path) -> None:
     assert "flwr" not in roots or name_of(path) == "client.app"
 
 
+def test_a_hospital_starts_programs_and_greets_coordinators_in_one_place() -> None:
+    """What may talk lies in `common.network`; of the hospital's modules the node's alone reaches for it."""
+    talking = {"common.network.children", "common.network.handshake"}
+    assert {name_of(path) for path in HOSPITAL if imports_of(path) & talking} == {"client.network.node"}
+
+
 def test_the_courier_sees_no_image() -> None:
     """It reaches a site through the guard's contract: no module of the site's own but the fault codes."""
     ours = {name for name in imports_of(ROOT / "client" / "app.py") if name.split(".")[0] == "client"}

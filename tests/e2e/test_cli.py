@@ -62,7 +62,9 @@ def test_the_published_commands_are_there() -> None:
         "teacher info", "teacher import", "student predict", "student evaluate", "doctor",
         "privacy plan", "privacy curve", "privacy verify", "privacy policy new", "privacy policy sign",
         "privacy policy show", "privacy policy check", "privacy ledger show", "privacy ledger checkpoint",
-        "privacy ledger merge",
+        "privacy ledger merge", "site init", "site join", "site node", "site guard", "consortium init",
+        "consortium renew", "consortium add", "consortium kit", "consortium remove", "consortium members",
+        "consortium serve",
     }  # fmt: skip
     assert published <= {" ".join(path) for path in PATHS}
 

@@ -1,0 +1,1 @@
+"""The coordinator's network: its authority, its members, and the two processes that hospitals reach."""
