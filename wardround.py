@@ -19,6 +19,7 @@ import click
 
 from client.audit_commands import audit
 from client.commands import data
+from client.network.executor_commands import bundle, executor
 from client.policy_commands import policy_draft
 from client.preparation.commands import prepare, sets
 from client.site_commands import site
@@ -114,6 +115,8 @@ for command in COMMANDS:
 data.add_command(prepare)
 data.add_command(sets)
 privacy.add_command(audit)
+site.add_command(executor)
+site.add_command(bundle)
 policy_group.add_command(policy_draft)
 
 if __name__ == "__main__":

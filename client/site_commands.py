@@ -12,7 +12,7 @@ MEBIBYTE = 1 << 20
 
 @click.group()
 def site() -> None:
-    """One hospital: its guard.
+    """One hospital: its guard, its executor and the bundles that it approved.
 
     \b
     Example:

@@ -92,12 +92,19 @@ def served(door: Door, answer: Answer, about: Description) -> Iterator[None]:
 
 def wait_for_signal() -> None:
     """Returns when this process is told to end (SIGTERM, Ctrl-C)."""
+    with told_to_end() as told:
+        told.wait()
+
+
+@contextmanager
+def told_to_end() -> Iterator[threading.Event]:
+    """An event that is set when this process is told to end (SIGTERM, Ctrl-C)."""
     told = threading.Event()
     before = {
         number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
-        told.wait()
+        yield told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
