@@ -127,16 +127,19 @@ class SiteExecutor:
 
         Waits for one that does not answer yet. Raises ``ConfigError`` if it does.
         """
-        client = self._node.client(authorised=False)
+        client, said = self._node.client(authorised=False), False
         try:
-            while self._open(client):
+            while self._nobody(client):
+                if not said:
+                    self._say(f"no SuperNode on {self._node.address} yet: start it with --isolation process")
+                said = True
                 if ended(AWAY_S):
                     return
         finally:
             client.close()
 
-    def _open(self, client: RuntimeHttpClient) -> bool:
-        """Whether nobody answers yet."""
+    def _nobody(self, client: RuntimeHttpClient) -> bool:
+        """Whether nobody answers. Raises ``ConfigError`` if a SuperNode does that has no secret."""
         try:
             client.AcquireTask(AcquireTaskRequest())  # asks for no kind of task, so it gets none
         except Exception as error:
@@ -145,7 +148,6 @@ class SiteExecutor:
                 return False
             if status is not None:
                 raise _no_supernode(self._node, status) from error
-            self._say(f"no SuperNode on {self._node.address} yet: start it with --isolation process")
             return True
         raise ConfigError(
             f"the SuperNode on {self._node.address} gives its tasks to whoever asks: start it with "
