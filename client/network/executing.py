@@ -17,6 +17,7 @@ from client.network.task import Courier, NoSandbox, Sandbox, sandbox_faults
 from common.errors import ConfigError
 from common.guard_link.service import told_to_end
 from common.privacy.keys import write_secret
+from common.relay import Destination
 
 SECRET = "executor.secret"
 SECRET_BYTES = 32
@@ -63,17 +64,22 @@ def _launcher(settings: Settings, scratch: Path, say: Callable[[str], None]) -> 
         return NoSandbox(scratch)
     door = settings.socket.resolve().parent
     faults = sandbox_faults()
+    try:
+        node = Destination.parse(settings.node)
+    except ValueError:
+        node = None
+        faults.append(f"--node {settings.node} is neither this machine's own number nor a name, and a port")
     if not door.is_dir():
         faults.append(f"there is no folder {door}: start the guard first (wardround site guard)")
-    if faults:
+    if faults or node is None:
         raise ConfigError(
             "no sandbox can be made for couriers; without one (--no-sandbox) a bundle can read this site's "
             "data",
             faults,
         )
     courier = Courier.find(settings.courier_user, door)
-    say(f"each courier runs as {courier.name} in a sandbox; this machine's network is open to it")
-    return Sandbox(courier, door, scratch)
+    say(f"each courier runs as {courier.name} in a sandbox, and reaches the guard and the SuperNode alone")
+    return Sandbox(courier, door, node, scratch)
 
 
 def _certificates(settings: Settings) -> Path | None:

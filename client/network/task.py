@@ -5,7 +5,9 @@ for what is listed here, read-only: the system's libraries, Python and its packa
 keys, the site's folder, other tasks and other users' processes are not there to be refused. Its home, its
 ``/tmp`` and what Flower unpacks are made for the task and gone with it, as is every process that it left.
 
-What it does not do: the machine's network is shared, for the SuperNode is reached through it.
+Its network is its own too, and leads to the SuperNode and nowhere else (`common.relay`).
+
+What it does not do: limit how much processor time and memory a task takes.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import ConfigError
 from common.privacy.keys import write_secret
+from common.relay import LISTEN, Destination, carry, handshake, say
 
 TOOLS = ("unshare", "setpriv", "mount", "umount", "pivot_root", "env", "sh")
 NOBODY = "nobody"
@@ -35,6 +37,8 @@ _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/
 _DEVICES = ("null", "zero", "random", "urandom")
 _TMP_BYTES = "1g"
 _PATH = "/usr/bin:/bin"
+_ADMIN_PATH = f"{_PATH}:/usr/sbin:/sbin"
+_NAMESPACES = ("--mount", "--pid", "--ipc", "--uts", "--net")
 _VARIABLES = {
     "PATH": _PATH, "HOME": "/tmp/home", "FLWR_HOME": "/tmp/flwr", "TMPDIR": "/tmp", "LANG": "C.UTF-8",
     "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "HF_HUB_OFFLINE": "1",
@@ -96,11 +100,12 @@ class Sandbox:
 
     Args:
         door: the folder of the guard's socket.
+        node: the one address that a task can reach.
         empty: an empty folder, on which each task's own root is mounted, where it alone sees it.
     """
 
-    def __init__(self, courier: Courier, door: Path, empty: Path) -> None:
-        self._courier, self._door, self._empty = courier, door, empty
+    def __init__(self, courier: Courier, door: Path, node: Destination, empty: Path) -> None:
+        self._courier, self._door, self._node, self._empty = courier, door, node, empty
 
     def start(self, program: Program, token: str) -> subprocess.Popen[bytes]:
         """Start ``program``, which finds ``token`` in the file `TOKEN`. It ends with this process.
@@ -111,15 +116,16 @@ class Sandbox:
         visible = [*map(Path, _SYSTEM), *shown, self._door, *program.files]
         if isinstance(program.code, Path):
             visible.append(program.code)
-        script = "\n".join([*self._furnish(visible), *self._enter(program.command(python))])
+        lines = [*self._furnish(visible), self._listen(python), *self._enter(program.command(python))]
         command = [
-            "setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--ipc", "--uts", "--fork",
-            "--kill-child", "--propagation", "private", "sh", "-euc", script,
+            "setpriv", "--pdeathsig", "KILL", "unshare", *_NAMESPACES, "--fork", "--kill-child",
+            "--propagation", "private", "sh", "-euc", "\n".join(lines),
         ]  # fmt: skip
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, env={"PATH": os.defpath + ":/usr/sbin:/sbin"}, cwd="/"
-        )
-        _hand_over(process, token)
+        hand, inside = handshake()
+        with inside:
+            process = subprocess.Popen(command, stdin=inside, env={"PATH": _ADMIN_PATH}, cwd="/")
+        say(hand, token)
+        carry(hand, self._node, lambda: process.poll() is None)
         return process
 
     def _furnish(self, visible: Sequence[Path]) -> list[str]:
@@ -138,6 +144,7 @@ class Sandbox:
             lines += [f": > dev/{device}", f"mount --bind /dev/{device} dev/{device}"]
         uid, gid = self._courier.uid, self._courier.gid
         lines += [
+            f"printf '127.0.0.1 localhost\\n{self._node.inside} {self._node.host}\\n' > etc/hosts",
             f"echo courier:x:{uid}:{gid}::/tmp/home:/bin/false > etc/passwd",
             f"(umask 077; cat > .{TOKEN})",
             "mkdir -m 0700 tmp/home tmp/flwr",
@@ -149,6 +156,11 @@ class Sandbox:
             "mount -o remount,ro,mode=0755,nosuid,nodev courier /",
         ]
         return lines
+
+    def _listen(self, python: Path) -> str:
+        """The line by which the node is met inside; it hands its listener out through standard input."""
+        words = [str(python), "-I", "-S", "-c", LISTEN, self._node.inside, str(self._node.port)]
+        return shlex.join(words)
 
     def _enter(self, command: Sequence[str]) -> list[str]:
         """The line that becomes ``command``, as the courier, with no right of root's left."""
@@ -183,25 +195,17 @@ class NoSandbox:
         return subprocess.Popen(words, stdin=subprocess.DEVNULL, env=variables, start_new_session=True)
 
 
-def _hand_over(process: subprocess.Popen[bytes], token: str) -> None:
-    """``token`` to the standard input of ``process``, which may have ended already."""
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):  # its exit status says what happened
-        process.stdin.write(token.encode())
-        process.stdin.close()
-
-
 def sandbox_faults() -> list[str]:
     """Why no sandbox can be made on this machine, all of it; empty where one can."""
     faults = [
         f"there is no {tool} here: install util-linux and coreutils"
         for tool in TOOLS
-        if shutil.which(tool, path=os.defpath + ":/usr/sbin:/sbin") is None
+        if shutil.which(tool, path=_ADMIN_PATH) is None
     ]
     if os.geteuid() != 0:
         faults.append("only root makes namespaces for another user: start it as root")
     if not faults:
-        probe = ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "sh", "-ec"]
+        probe = ["unshare", *_NAMESPACES, "--fork", "sh", "-ec"]
         probe += ["mount -t tmpfs none /mnt && mount -t proc proc /proc && setpriv --no-new-privs true"]
         done = subprocess.run(probe, capture_output=True, text=True, timeout=PROBE_S, check=False)
         if done.returncode:

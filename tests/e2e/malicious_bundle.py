@@ -8,7 +8,7 @@ from __future__ import annotations
 
 ATTACK = '''
 """Everything that code in a bundle can try against the hospital that runs it."""
-import ctypes, json, os, signal, subprocess, sys, time
+import ctypes, json, os, socket, subprocess, time
 from pathlib import Path
 from client import target
 
@@ -89,6 +89,10 @@ attempt("old root", old_root)
 attempt("end the socket", lambda: os.unlink(target.SOCKET))
 attempt("another task", acquire)
 attempt("processes", processes)
+attempt("network", socket.if_nameindex)
+attempt("superlink", lambda: socket.create_connection(("127.0.0.1", target.SUPERLINK), 5))
+attempt("hospital network", lambda: socket.create_connection(("10.0.0.1", 80), 5))
+attempt("names", lambda: socket.getaddrinfo("example.org", 80))
 attempt("environment", lambda: sorted(os.environ))
 attempt("poison", poison)
 attempt("fake guard", lambda: __import__("client.guard").guard.open_guard(target.HOME).read())

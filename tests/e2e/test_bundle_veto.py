@@ -102,7 +102,7 @@ def target(net: Network, approved: str) -> str:
         "APPEND": {name: str(path) for name, path in appends.items()},
         "GUARD": net.processes["guard"].pid, "EXECUTOR": net.processes["executor"].pid,
         "HOME": str(home), "NODE": f"127.0.0.1:{net.node_port}", "SOCKET": str(net.door / "guard.sock"),
-        "APPROVED": approved,
+        "APPROVED": approved, "SUPERLINK": net.port,
     }  # fmt: skip
     return "".join(f"{name} = {value!r}\n" for name, value in facts.items())
 
@@ -172,7 +172,7 @@ def test_an_unapproved_bundle_is_answered_in_seconds_and_none_of_its_code_ran(st
     assert (reply.error.code, reply.error.reason) == (7, "this site has not approved the bundle of this run")
     assert MARKER not in story.said("unapproved")
     assert "Successfully installed" not in story.said("unapproved")  # not even unpacked
-    assert story.seconds["unapproved"] < 30
+    assert story.seconds["unapproved"] < 60  # on a busy machine too
 
 
 def test_an_approved_bundle_runs_without_a_restart_and_brings_the_sites_signed_word(story: Story) -> None:
@@ -260,6 +260,11 @@ def test_a_daemon_ends_with_its_task(story: Story) -> None:
 
 def test_another_task_of_the_supernode_cannot_be_taken(story: Story) -> None:
     denied(story, "another task")
+
+
+def test_of_the_network_a_bundle_reaches_the_supernode_alone(story: Story) -> None:
+    assert story.probes["network"] == {"got": "[(1, 'lo')]"}
+    denied(story, "superlink", "hospital network", "names")
 
 
 def test_guard_and_executor_end_when_told(story: Story) -> None:
