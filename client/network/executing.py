@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.network.executor import Launcher, Node, SiteExecutor
-from client.network.task import Courier, NoSandbox, Sandbox, sandbox_faults
+from client.network.task import Courier, NoSandbox, Sandbox, exposure_faults, sandbox_faults
+from common.config import load_site
 from common.errors import ConfigError
 from common.guard_link.service import told_to_end
 from common.privacy.keys import write_secret
@@ -71,6 +72,8 @@ def _launcher(settings: Settings, scratch: Path, say: Callable[[str], None]) -> 
         faults.append(f"--node {settings.node} is neither this machine's own number nor a name, and a port")
     if not door.is_dir():
         faults.append(f"there is no folder {door}: start the guard first (wardround site guard)")
+    manifest = settings.folder / load_site(settings.folder / "site.yaml").manifest
+    faults += exposure_faults([settings.folder, manifest.resolve().parent], door)
     if faults or node is None:
         raise ConfigError(
             "no sandbox can be made for couriers; without one (--no-sandbox) a bundle can read this site's "

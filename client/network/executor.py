@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ TASKS = "tasks.jsonl"
 POLL_S = 1.0
 AWAY_S = 5.0  # between two looks for a SuperNode that does not answer
 MOST_AT_ONCE = 4
+MOST_WRITTEN = 1 << 18  # bytes of a task's words that are kept
+LONGEST_LINE = 1 << 14
 COURIER = "from flwr.supernode.cli.flwr_clientapp import flwr_clientapp; flwr_clientapp()"
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _UNAUTHORIZED = 401
@@ -168,7 +171,7 @@ class SiteExecutor:
             if status is not None:
                 raise _no_supernode(self._node, status) from error
             self._say(f"the SuperNode on {self._node.address} does not answer")
-            ended(AWAY_S)
+            self.check_locked(ended)  # it may come back without its secret
             return
         if answer.HasField("task") and answer.token:
             self._launch(answer.task.task_id, answer.task.fab_hash or None, answer.token)
@@ -196,7 +199,21 @@ class SiteExecutor:
 
     def _start(self, task_id: int, token: str, program: Program, is_refusal: bool = False) -> None:
         process = self._launcher.start(program, token)
+        threading.Thread(target=self._repeat, args=(task_id, process), daemon=True).start()
         self._running.append(_Task(task_id, token, process, time.monotonic(), is_refusal))
+
+    def _repeat(self, task_id: int, process: subprocess.Popen[bytes]) -> None:
+        """What a task writes, as its own words: it can neither look like this executor nor fill a disk."""
+        if process.stdout is None:
+            return
+        left = MOST_WRITTEN
+        with process.stdout as written:
+            while line := written.readline(LONGEST_LINE):
+                if left > 0:
+                    text = line.decode("utf-8", "replace").rstrip()
+                    self._say(f"task {task_id}| {''.join(c if c.isprintable() else '?' for c in text)}")
+                    if (left := left - len(line)) <= 0:
+                        self._say(f"task {task_id}: writes more than {MOST_WRITTEN} bytes, which is not kept")
 
     def _reap(self) -> None:
         """Forget what has ended; a courier that failed without an answer is answered for."""

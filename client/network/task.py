@@ -110,10 +110,11 @@ class Sandbox:
     def start(self, program: Program, token: str) -> subprocess.Popen[bytes]:
         """Start ``program``, which finds ``token`` in the file `TOKEN`. It ends with this process.
 
-        The token is in no argument and in no environment, where other users could read it.
+        The token is in no argument and in no environment, where other users could read it. What the program
+        writes comes through the process's ``stdout``.
         """
-        python, shown = _python()
-        visible = [*map(Path, _SYSTEM), *shown, self._door, *program.files]
+        python = _python()
+        visible = [*shown_to_couriers(self._door), *program.files]
         if isinstance(program.code, Path):
             visible.append(program.code)
         lines = [*self._furnish(visible), self._listen(python), *self._enter(program.command(python))]
@@ -123,7 +124,10 @@ class Sandbox:
         ]  # fmt: skip
         hand, inside = handshake()
         with inside:
-            process = subprocess.Popen(command, stdin=inside, env={"PATH": _ADMIN_PATH}, cwd="/")
+            process = subprocess.Popen(
+                command, stdin=inside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                env={"PATH": _ADMIN_PATH}, cwd="/",
+            )  # fmt: skip
         say(hand, token)
         carry(hand, self._node, lambda: process.poll() is None)
         return process
@@ -138,7 +142,7 @@ class Sandbox:
             # Before what is shown: that may lie below /tmp.
             f"mount -t tmpfs -o mode=1777,size={_TMP_BYTES},nosuid,nodev courier tmp",
         ]
-        for path in dict.fromkeys(visible):
+        for path in visible:
             lines += _shown(path)
         for device in _DEVICES:
             lines += [f": > dev/{device}", f"mount --bind /dev/{device} dev/{device}"]
@@ -192,7 +196,10 @@ class NoSandbox:
         command = program.command(Path(sys.executable))
         words = [str(home / "token") if word == TOKEN else word for word in command]
         variables = {**_VARIABLES, "HOME": str(home), "FLWR_HOME": str(home / "flwr"), "TMPDIR": str(home)}
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, env=variables, start_new_session=True)
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=variables,
+            start_new_session=True,
+        )  # fmt: skip
 
 
 def sandbox_faults() -> list[str]:
@@ -214,10 +221,25 @@ def sandbox_faults() -> list[str]:
     return faults
 
 
-def _python() -> tuple[Path, list[Path]]:
-    """This installation's Python by its real path, and the folders that it lives in."""
-    prefix, base = Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()
-    return prefix / "bin" / "python", [prefix, base]
+def shown_to_couriers(door: Path) -> list[Path]:
+    """All of this machine that a task sees, read-only. ``door``: the folder of the guard's socket."""
+    python = [Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix)]
+    return list(dict.fromkeys([*map(Path, _SYSTEM), *python, door]))
+
+
+def exposure_faults(private: Sequence[Path], door: Path) -> list[str]:
+    """Which folders of ``private`` lie in what couriers see, and what to do about it."""
+    return [
+        f"{folder} lies in {shown}, which couriers see: move one of the two"
+        for folder in dict.fromkeys(private)
+        for shown in shown_to_couriers(door)
+        if folder.is_relative_to(shown)
+    ]
+
+
+def _python() -> Path:
+    """This installation's Python by its real path."""
+    return Path(sys.prefix).resolve() / "bin" / Path(sys.executable).name
 
 
 def _shown(path: Path) -> list[str]:

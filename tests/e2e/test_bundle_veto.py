@@ -91,14 +91,15 @@ def target(net: Network, approved: str) -> str:
         "shadow": "/etc/shadow", "first process": "/proc/1/environ",
     }  # fmt: skip
     lists = {"home": home, "data": home / "data", "parent": net.root, "root": "/root"}
-    packages = next((python / "lib").glob("python3*")) / "site-packages" / "sitecustomize.py"
+    packages = next((python / "lib").glob("python3*")) / "site-packages"
+    opens = {"packages": packages / "flwr" / "__init__.py", "system": "/usr/bin/env"}
     appends = {
-        "approved": home / "approved-bundles.txt", "orders": home / ORDERS, "packages": packages,
-        "system": "/usr/bin/env", "door": net.door / "left-behind",
+        "approved": home / "approved-bundles.txt", "orders": home / ORDERS, "door": net.door / "left-behind"
     }  # fmt: skip
     facts = {
         "READ": {name: str(path) for name, path in read.items()},
         "LIST": {name: str(path) for name, path in lists.items()},
+        "OPEN": {name: str(path) for name, path in opens.items()},
         "APPEND": {name: str(path) for name, path in appends.items()},
         "GUARD": net.processes["guard"].pid, "EXECUTOR": net.processes["executor"].pid,
         "HOME": str(home), "NODE": f"127.0.0.1:{net.node_port}", "SOCKET": str(net.door / "guard.sock"),
@@ -152,8 +153,8 @@ def live(net: Network, plan: RunPlan, door: Path) -> Story:
     net.revoke(good)
     story.propose(net, "revoked", good)
     for line in net.log("executor").splitlines():
-        if line.startswith("PROBE "):
-            story.probes |= json.loads(line.removeprefix("PROBE "))
+        if "| PROBE " in line:
+            story.probes |= json.loads(line.partition("| PROBE ")[2])
     for bundle in (good, bad):
         (bundle.post / "stop").touch()
     story.codes = {name: net.end(name) for name in ("executor", "guard")}
@@ -217,7 +218,7 @@ def test_no_key_secret_or_password_can_be_read(story: Story) -> None:
 
 def test_the_guards_process_cannot_be_seen_traced_or_signalled(story: Story) -> None:
     denied(story, "guard memory", "guard environment", "guard files", "ptrace", "signal the guard")
-    denied(story, "signal the executor", "be root", "chroot", "old root", "end the socket")
+    denied(story, "signal the executor", "be root", "chroot", "mounts", "end the socket")
     seen = story.probes["processes"]["got"]
     assert "site\\x00guard" not in seen
     assert "flower-supernode" not in seen
@@ -248,7 +249,7 @@ def test_what_a_bundle_writes_into_flowers_installed_bundles_is_gone_with_its_ta
 
 
 def test_nothing_of_the_site_or_the_installation_can_be_written(story: Story) -> None:
-    denied(story, *(f"append {name}" for name in ("approved", "orders", "packages", "system", "door")))
+    denied(story, "append approved", "append orders", "append door", "open packages", "open system")
     assert story.after == story.before
     assert [path.name for path in story.door.iterdir()] in ([], ["guard.sock"])
 
@@ -264,7 +265,7 @@ def test_another_task_of_the_supernode_cannot_be_taken(story: Story) -> None:
 
 def test_of_the_network_a_bundle_reaches_the_supernode_alone(story: Story) -> None:
     assert story.probes["network"] == {"got": "[(1, 'lo')]"}
-    denied(story, "superlink", "hospital network", "names")
+    denied(story, "superlink", "hospital network")
 
 
 def test_guard_and_executor_end_when_told(story: Story) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,14 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse
 from flwr.proto.task_pb2 import Task
 
 import client.network.executing as executing
+import client.network.executor as executor
 from client.network.approved import APPROVED, ApprovedBundles
 from client.network.executing import SECRET, Settings, execute
 from client.network.executor import MOST_AT_ONCE, TASKS, Node, SiteExecutor
 from client.network.task import TOKEN, Program
+from common.config import save_site
 from common.errors import ConfigError, FederationError
+from common.recipe import SiteFile
 
 GOOD, BAD = "a" * 64, "b" * 64
 QUICK, FAILING, ENDLESS = "pass", "raise SystemExit(3)", "import time; time.sleep(60)"
@@ -63,7 +67,8 @@ class FakeLauncher:
     def start(self, program: Program, token: str) -> subprocess.Popen[bytes]:
         self.started.append((program, token))
         is_courier = isinstance(program.code, str)
-        process = subprocess.Popen([sys.executable, "-c", self.code if is_courier else QUICK])
+        code = self.code if is_courier else QUICK
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         self.processes.append(process)
         return process
 
@@ -150,6 +155,22 @@ def test_no_task_runs_longer_than_it_may_or_outlives_the_executor(tmp_path: Path
     assert case.launcher.processes[0].poll() is not None
 
 
+def test_what_a_task_writes_cannot_look_like_the_executor_or_fill_a_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "MOST_WRITTEN", 100)
+    ApprovedBundles(tmp_path).approve(GOOD)
+    forged = "task 9: bundle 00 is refused"
+    code = f"print({forged!r} + chr(27) + '[2J'); print('x' * 200); [print('more') for _ in range(500)]"
+    case = Case(tmp_path, task(1, GOOD), code=code).run(between=lambda _: time.sleep(0.1))
+    assert case.lines == [
+        "task 1: bundle aaaaaaaaaaaaaaaa is approved, its courier starts",
+        f"task 1| {forged}?[2J",
+        f"task 1| {'x' * 200}",
+        "task 1: writes more than 100 bytes, which is not kept",
+    ]
+
+
 def test_only_so_many_tasks_run_at_once(tmp_path: Path) -> None:
     ApprovedBundles(tmp_path).approve(GOOD)
     tasks = [task(number, GOOD) for number in range(1, MOST_AT_ONCE + 3)]
@@ -166,9 +187,10 @@ def test_a_supernode_without_a_secret_is_refused_with_the_fix(tmp_path: Path) ->
 
 def test_a_supernode_that_is_away_is_waited_for_and_another_program_is_named(tmp_path: Path) -> None:
     away = httpx.ConnectError("refused")
-    case = Case(tmp_path, away, task(1, BAD), stranger=[away, away, refused(401)]).run()
+    case = Case(tmp_path, away, task(1, BAD), stranger=[away, away, refused(401), away, refused(401)]).run()
     assert kinds(case) == ["unapproved"]
-    assert len([line for line in case.lines if line.startswith("no SuperNode")]) == 1  # said once
+    # Said once each time, not at every look.
+    assert [line[:13] for line in case.lines[:3]] == ["no SuperNode ", "the SuperNode", "no SuperNode "]
     with pytest.raises(FederationError, match="404"):
         Case(tmp_path, stranger=[refused(404)]).run()
     with pytest.raises(FederationError, match="503"):
@@ -187,6 +209,7 @@ def test_no_sandbox_is_refused_unless_asked_for_and_then_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
+    save_site(SiteFile("east", "data/manifest.csv", None), tmp_path / "site.yaml")
     monkeypatch.setattr(executing, "sandbox_faults", lambda: ["only root makes namespaces: be root"])
     with pytest.raises(ConfigError, match="--no-sandbox") as wrong:
         execute(settings(tmp_path), lines.append)
@@ -196,6 +219,24 @@ def test_no_sandbox_is_refused_unless_asked_for_and_then_warned_of(
     warning = next(line for line in lines if line.startswith("warning"))
     assert "images" in warning
     assert "key" in warning
+
+
+def test_a_site_that_couriers_would_see_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executing, "sandbox_faults", list)
+    images = tmp_path / "images"
+    images.mkdir()
+    site = tmp_path / "site"
+    site.mkdir()
+    save_site(SiteFile("east", str(images / "manifest.csv"), None), site / "site.yaml")
+    for door, seen in ((site, site), (tmp_path, site), (images, images)):
+        with pytest.raises(ConfigError) as wrong:
+            execute(settings(site, socket=door / "guard.sock"), print)
+        assert f"{seen} lies in {door}, which couriers see: move one of the two" in wrong.value.faults
+    monkeypatch.setattr(sys, "prefix", str(site))  # a virtual environment made in the site's folder itself
+    (tmp_path / "door").mkdir()
+    with pytest.raises(ConfigError) as wrong:
+        execute(settings(site, socket=tmp_path / "door" / "guard.sock"), print)
+    assert wrong.value.faults == (f"{site} lies in {site}, which couriers see: move one of the two",)
 
 
 def test_a_link_that_leaves_the_machine_needs_tls(tmp_path: Path) -> None:
