@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from common import progress, wire
@@ -35,6 +36,7 @@ DEADLINE = DeadlinePassed.border_code
 NOT_SENT = "NOT_SENT"
 UNSIGNED = "not signed by its site"
 TOO_LARGE = "TOO_LARGE"
+REFUSED_BUNDLE = "REFUSED_BUNDLE"  # the site, or its SuperNode, does not run this run's code
 
 monotonic: Callable[[], float] = time.monotonic
 Write: TypeAlias = Callable[[str], wire.Content]
@@ -251,7 +253,8 @@ class _Loop:
         self._event("message", site, direction="up", bytes=size)
         if reply.has_error():
             # Its reason may hold an exception's text from inside the site: only the number is kept.
-            self._drop(site, f"FLOWER_ERROR_{reply.error.code}")
+            vetoed = reply.error.code == ErrorCode.INVALID_FAB
+            self._drop(site, REFUSED_BUNDLE if vetoed else f"FLOWER_ERROR_{reply.error.code}")
         elif refusal := wire.decode_refusal(reply.content):
             self._refused(site, refusal, self._signature_fault(site, reply.content, order))
         elif fault := self._signature_fault(site, reply.content, order):

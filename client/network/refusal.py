@@ -17,8 +17,8 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 REASONS = {
-    "unapproved": "this site has not approved the bundle of this run",
-    "failed": "this site could not start the courier of this run",
+    "unapproved": (ErrorCode.INVALID_FAB, "this site has not approved the bundle of this run"),
+    "failed": (ErrorCode.CLIENT_APP_CRASHED, "the courier of this run ended without an answer"),
 }
 
 
@@ -30,11 +30,12 @@ def main() -> None:
     parser.add_argument("--root-certificates")
     given = parser.parse_args()
     certificates = Path(given.root_certificates).read_bytes() if given.root_certificates else None
-    refuse(given.node, Path(given.token_file).read_text().strip(), REASONS[given.reason], certificates)
+    error = Error(*REASONS[given.reason])
+    refuse(given.node, Path(given.token_file).read_text().strip(), error, certificates)
 
 
-def refuse(node: str, token: str, reason: str, certificates: bytes | None) -> None:
-    """Answer the task of ``token`` with Flower's error for a bundle that does not hold.
+def refuse(node: str, token: str, error: Error, certificates: bytes | None) -> None:
+    """Answer the task of ``token`` with ``error``.
 
     Args:
         node: the SuperNode's runtime API, ``host:port``. certificates: that it is verified by (PEM); None:
@@ -52,7 +53,7 @@ def refuse(node: str, token: str, reason: str, certificates: bytes | None) -> No
     )
     try:
         message, context, _, _ = pull_task_input(client)
-        push_message(client, Message(Error(ErrorCode.INVALID_FAB, reason), reply_to=message), context)
+        push_message(client, Message(error, reply_to=message), context)
         push_task_output(client, context, SubStatus.COMPLETED, "")
     finally:
         client.close()

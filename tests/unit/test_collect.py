@@ -148,6 +148,7 @@ def test_bytes_are_those_of_the_messages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
+        (Error(7, "not approved: /srv/site"), "REFUSED_BUNDLE"),
         (Error(2, "<class 'RuntimeError'>:<'/data/patient_17'>"), "FLOWER_ERROR_2"),
         (wire.encode_refusal("REFUSED_POLICY", "allow_style"), "REFUSED_POLICY (allow_style)"),
         (wire.encode_refusal("SITE_FAILED"), "SITE_FAILED"),
