@@ -20,6 +20,7 @@ import click
 from client.audit_commands import audit
 from client.commands import data
 from client.joining_commands import site_init, site_join, site_node
+from client.network.executor_commands import bundle, executor
 from client.policy_commands import policy_draft
 from client.preparation.commands import prepare, sets
 from client.site_commands import site
@@ -118,7 +119,7 @@ data.add_command(prepare)
 data.add_command(sets)
 privacy.add_command(audit)
 policy_group.add_command(policy_draft)
-for command in (site_init, site_join, site_node):
+for command in (site_init, site_join, site_node, executor, bundle):
     site.add_command(command)
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.faults import border_answer, keep_fault
-from common import guard_api, wire
+from common import wire
 from common.errors import UsageError
 from common.plan import Stage
 from common.wire import desk
@@ -42,7 +42,7 @@ def _serve(stage: Stage) -> None:
         try:
             address = guard_address(context)
             order = wire.decode_order(message.content)
-            content = desk.answer(guard_api.connect(address), stage, order, message.content)
+            content = desk.ask(address, stage, order, message.content)
         except (Exception, SystemExit) as error:  # no text may leave; Ctrl-C still stops
             keep_fault(address, wire.ACTIONS[stage], error)
             content = wire.encode_refusal(*border_answer(error))

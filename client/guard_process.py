@@ -2,6 +2,7 @@
 
 What it runs is the site's own installation. The courier, whose code comes with the run, reaches it through a
 socket and can send it messages; it cannot read its data, change its code, or make it answer an order twice.
+Nor can it change an answer unseen: the guard signs each with the site's key.
 """
 
 from __future__ import annotations
@@ -21,40 +22,59 @@ from common.code_digest import code_sha256
 from common.errors import ConfigError
 from common.guard_link.guard_pb2 import Description
 from common.guard_link.service import Door, served
-from common.plan import Stage
+from common.plan import Round, Stage
+from common.privacy.keys import SIGNING_KEY, SiteKeys, read_private_key
 from common.wire import desk
+from common.wire.signed import sign_reply
 
 
 @contextmanager
 def guard_served(folder: Path, door: Door) -> Iterator[Description]:
     """The guard of the site in ``folder`` listens on ``door`` until the block ends.
 
+    A site without keys gets its own now: those that its ledger has, or will have.
+
     Raises:
         ConfigError: ``site.yaml`` is wrong, or nobody can listen there.
-        ArtefactError: the book of orders is damaged.
+        ArtefactError: the book of orders or a key is damaged.
     """
     site = Site.open(folder)
     if not site.manifest.exists():
         raise ConfigError(f"{site.manifest} is missing: name the site's manifest in {folder / 'site.yaml'}")
+    SiteKeys.open_or_create(folder)
     about = Description(site=site.name, version=version("wardround"), code_sha256=code_sha256())
     with served(door, answering(folder, site), about):
         yield about
 
 
 def answering(folder: Path, site: Site) -> Callable[[Stage, wire.Content], wire.Content]:
-    """Message -> answer. Guarantee: a refusal holds a code and a field; the text stays in ``folder``."""
+    """Message -> answer, signed wherever it can be told which order it answers.
+
+    Guarantee: a refusal holds a code and a field; the text stays in ``folder``.
+    """
     guard, orders = Guard(site, own_process=True), OrderBook(folder)
 
     def answer(stage: Stage, content: wire.Content) -> wire.Content:
+        order: Round | None = None
         try:
             order = wire.decode_order(content)
             orders.take(order)
-            return desk.answer(guard, stage, order, content)
+            reply = desk.answer(guard, stage, order, content)
         except (Exception, SystemExit) as error:  # no text may leave
             keep_fault(f"in-process:{folder}", wire.ACTIONS[stage], error)
-            return wire.encode_refusal(*border_answer(error))
+            reply = wire.encode_refusal(*border_answer(error))
+        return reply if order is None else _signed(folder, site.name, order, reply)
 
     return answer
+
+
+def _signed(folder: Path, site: str, order: Round, reply: wire.Content) -> wire.Content:
+    """``reply`` under the site's key as it is now, for a ledger may go on with a new one."""
+    try:
+        return sign_reply(reply, site, order, read_private_key(folder / SIGNING_KEY))
+    except (Exception, SystemExit) as error:
+        keep_fault(f"in-process:{folder}", "signature", error)
+        return wire.encode_refusal(*border_answer(error))  # unsigned, and nothing of the answer is in it
 
 
 def readable_by_others(folder: Path, site: Site) -> list[Path]:

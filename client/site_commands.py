@@ -12,7 +12,7 @@ MEBIBYTE = 1 << 20
 
 @click.group()
 def site() -> None:
-    """One hospital: its guard.
+    """One hospital: its guard, its executor and the bundles that it approved.
 
     \b
     Example:
@@ -43,10 +43,12 @@ def guard(folder: Path, socket: Path, max_mb: int) -> None:
     from client.guard_process import guard_served, readable_by_others
     from client.site import Site
     from common.guard_link.service import Door, wait_for_signal
+    from common.privacy.keys import SiteKeys
 
     with guard_served(folder.resolve(), Door(socket.resolve(), max_mb * MEBIBYTE)) as about:
         for path in readable_by_others(folder.resolve(), Site.open(folder.resolve())):
             click.echo(f"warning: every user of this machine can read {path}: chmod o-rwx it", err=True)
         click.echo(f"guard of {about.site} on {socket}, process {os.getpid()}, wardround {about.version}")
+        click.echo(f"it signs its answers: public key {SiteKeys.open(folder.resolve()).public}")
         wait_for_signal()
     click.echo(f"guard of {about.site} ended")

@@ -126,17 +126,14 @@ class GuardApi(Protocol):
 
 
 def connect(address: str) -> GuardApi:
-    """The guard at ``address``. Raises ``UsageError`` for an address of another kind.
+    """The guard at ``in-process:FOLDER``. Raises ``UsageError`` for an address of another kind.
 
-    ``unix:SOCKET`` is a guard in a process of its own (`common.guard_link`). ``in-process:FOLDER`` resolves
-    the guard's module by name at run time, so that `common` does not import `client`, and a courier on a
-    deployed site never loads the guard's code.
+    The guard's module is resolved by name at run time, so that `common` does not import `client`, and a
+    courier on a deployed site never loads the guard's code. A guard in a process of its own
+    (``unix:SOCKET``) is asked in whole messages: `common.wire.desk.ask`.
     """
-    kind, _, rest = address.partition(":")
-    if kind == "unix" and rest:
-        remote: GuardApi = importlib.import_module("common.guard_link.remote").RemoteGuard(rest)
-        return remote
-    if kind == "in-process" and rest:
-        guard: GuardApi = importlib.import_module("client.guard").open_guard(rest)
+    kind, _, folder = address.partition(":")
+    if kind == "in-process" and folder:
+        guard: GuardApi = importlib.import_module("client.guard").open_guard(folder)
         return guard
     raise UsageError(f"no guard at {address!r}: an address is unix:SOCKET or in-process:FOLDER")

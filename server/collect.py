@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from common import progress, wire
 from common.adapter import AdapterUpdate
 from common.errors import ArtefactError, DeadlinePassed, DiskFault
-from common.plan import Stage
+from common.plan import Round, Stage
+from common.wire.signed import signer_of
 from common.wire.sizes import is_larger, message_bytes
 from server.events import EventLog
 from server.report.schema import Rejection
@@ -32,7 +34,9 @@ PULLS_AT_ONCE = 2
 TTL_SLACK_S = 60.0
 DEADLINE = DeadlinePassed.border_code
 NOT_SENT = "NOT_SENT"
+UNSIGNED = "not signed by its site"
 TOO_LARGE = "TOO_LARGE"
+REFUSED_BUNDLE = "REFUSED_BUNDLE"  # the site, or its SuperNode, does not run this run's code
 
 monotonic: Callable[[], float] = time.monotonic
 Write: TypeAlias = Callable[[str], wire.Content]
@@ -129,6 +133,7 @@ class _Pull:
 class _Pending:
     message_id: str
     pushed: float
+    order: Round | None  # where its answer is to be signed
     pull: _Pull | None = None
 
 
@@ -138,12 +143,24 @@ class Collector:
     Args:
         window: how many sites may have a message at once; None: all. An engine that works on few sites at a
             time says so, or the last sites' deadlines would pass while they queue.
+        keys: site -> its public key (64 hex digits), of the consortium's members; None: nobody has signed
+            anything, as in a simulation.
+
+    Guarantee: with ``keys``, no reply is handed to an errand that was not signed, for this very order, by
+    the site that it is from; what else arrives is dropped with a reason.
     """
 
-    def __init__(self, grid: Grid, events: EventLog, window: int | None = None) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        events: EventLog,
+        window: int | None = None,
+        keys: Mapping[str, str] | None = None,
+    ) -> None:
         self.grid = grid
         self.events = events
         self.window = window
+        self.keys = keys
         self.live = LiveUpdates()
 
     def online(self, expected: int, wait_s: float) -> list[int]:
@@ -186,8 +203,10 @@ class _Loop:
 
     def _push(self, site: str) -> None:
         errand, pushed = self.errand, monotonic()
+        content = errand.write(site)
+        order = None if self.owner.keys is None else wire.decode_order(content)
         message = wire.request_message(
-            errand.write(site), self.nodes[site], errand.stage, errand.deadline_s + TTL_SLACK_S
+            content, self.nodes[site], errand.stage, errand.deadline_s + TTL_SLACK_S
         )
         size = message_bytes(message)
         message_ids = list(self.owner.grid.push_messages([message]))
@@ -196,7 +215,7 @@ class _Loop:
             return
         self.result.bytes_down[site] = size
         self._event("message", site, direction="down", bytes=size)
-        self.pending[site] = _Pending(message_ids[0], pushed)
+        self.pending[site] = _Pending(message_ids[0], pushed, order)
 
     def _poll(self, site: str) -> bool:
         """Look for the site's reply; whether the site's turn of waiting is over."""
@@ -208,7 +227,7 @@ class _Loop:
             self._drop(site, DEADLINE)
         elif reply is not None:
             del self.pending[site]
-            self._arrive(site, reply)
+            self._arrive(site, reply, pending.order)
         return site not in self.pending
 
     def _try_pull(self, pending: _Pending) -> Message | None:
@@ -225,7 +244,7 @@ class _Loop:
         pulls = [entry.pull for entry in self.pending.values() if entry.pull is not None]
         return sum(monotonic() - pull.started < STUCK_S for pull in pulls)
 
-    def _arrive(self, site: str, reply: Message) -> None:
+    def _arrive(self, site: str, reply: Message, order: Round | None) -> None:
         if reply.has_content() and is_larger(reply.content, self.errand.max_bytes):
             self._drop(site, TOO_LARGE)
             return
@@ -234,13 +253,36 @@ class _Loop:
         self._event("message", site, direction="up", bytes=size)
         if reply.has_error():
             # Its reason may hold an exception's text from inside the site: only the number is kept.
-            self._drop(site, f"FLOWER_ERROR_{reply.error.code}")
+            vetoed = reply.error.code == ErrorCode.INVALID_FAB
+            self._drop(site, REFUSED_BUNDLE if vetoed else f"FLOWER_ERROR_{reply.error.code}")
         elif refusal := wire.decode_refusal(reply.content):
-            self.result.refusals[site] = refusal
-            self.result.late += refusal.code == DEADLINE
-            self._drop(site, f"{refusal.code} ({refusal.field})" if refusal.field else refusal.code)
+            self._refused(site, refusal, self._signature_fault(site, reply.content, order))
+        elif fault := self._signature_fault(site, reply.content, order):
+            self._drop(site, fault)
         else:
             self._take(site, reply.content)
+
+    def _signature_fault(self, site: str, content: wire.Content, order: Round | None) -> str:
+        """Why ``content`` cannot be ``site``'s word, or nothing."""
+        if self.owner.keys is None or order is None:
+            return ""
+        try:
+            signer = signer_of(content, order, self.owner.keys)
+        except ArtefactError as error:
+            return error.message
+        # Before the roll call a node has no site's name: there the call itself compares.
+        same = signer == site or self.errand.stage is Stage.propose
+        return "" if same else "a reply that another site signed"
+
+    def _refused(self, site: str, refusal: wire.Refusal, fault: str) -> None:
+        """A no that the site did not sign is a no too, for nothing comes of it; but not the site's word."""
+        words = f"{refusal.code} ({refusal.field})" if refusal.field else refusal.code
+        if fault:
+            self._drop(site, f"{words}, {UNSIGNED}")
+            return
+        self.result.refusals[site] = refusal
+        self.result.late += refusal.code == DEADLINE
+        self._drop(site, words)
 
     def _take(self, site: str, content: wire.Content) -> None:
         try:

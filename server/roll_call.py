@@ -9,6 +9,7 @@ from common.errors import ArtefactError, DeadlinePassed
 from common.guard_api import PlanAnswer
 from common.plan import RunPlan, Stage
 from common.recipe import Recipe
+from common.wire.signed import claimed_site
 from server.outcome import RunOutcome, SiteAdapter, SiteRefusal
 from server.report.schema import Rejection, RoundRecord
 from server.rounds import FinishedRound, Rounds
@@ -45,7 +46,10 @@ def call_the_roll(rounds: Rounds, recipe: Recipe, before: RunOutcome | None) -> 
         return wire.encode_proposal(rounds.order(Stage.propose, 0, label), rounds.plan)
 
     def take(label: str, content: wire.Content) -> None:
-        answers[label] = _admitted(wire.decode_answer(content), rounds.plan)
+        answer = _admitted(wire.decode_answer(content), rounds.plan)
+        if rounds.collector.keys is not None and claimed_site(content) != answer.site:
+            raise ArtefactError("an answer in the name of a site that did not sign it")
+        answers[label] = answer
 
     finished = rounds.ask(rounds.errand(Stage.propose, 0, write, take), "proposal", nodes)
     faults = _faults(answers, recipe, before)

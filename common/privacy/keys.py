@@ -119,6 +119,15 @@ class SiteKeys:
         return cls(folder, signer, secret)
 
     @classmethod
+    def open_or_create(cls, folder: Path) -> SiteKeys:
+        """The keys in ``folder``, or new ones where there are none; of one alone nothing is made up.
+
+        Raises ``ArtefactError`` if one of them is missing or damaged.
+        """
+        there = [(folder / name).exists() for name in (SIGNING_KEY, PATIENT_KEY)]
+        return cls.open(folder) if any(there) else cls.create(folder)
+
+    @classmethod
     def open(cls, folder: Path) -> SiteKeys:
         """Raises ``ArtefactError`` if a key is missing or damaged."""
         signer = read_private_key(folder / SIGNING_KEY)

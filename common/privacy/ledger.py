@@ -69,11 +69,11 @@ class Ledger:
     def create(
         cls, folder: Path, site: str, caps: Caps, clock: Callable[[], datetime] = system_clock
     ) -> Ledger:
-        """A new ledger with new keys. Raises ``ArtefactError`` if there is one."""
+        """A new ledger, with the site's keys or new ones. Raises ``ArtefactError`` if there is a ledger."""
         if (folder / LEDGER).exists():
             raise ArtefactError(f"{folder / LEDGER} exists: a ledger is never started again")
         folder.mkdir(parents=True, exist_ok=True)
-        ledger = cls(folder, SiteKeys.create(folder), caps, clock)
+        ledger = cls(folder, SiteKeys.open_or_create(folder), caps, clock)
         with ledger._journal.locked():
             detail = {"site": site, "public_key": ledger._journal.keys.public}
             ledger._append(EntryType.genesis, rest={"detail": detail})

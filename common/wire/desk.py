@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common import wire
+from common import guard_api, wire
 from common.guard_api import GuardApi
 from common.plan import Round, Stage
 from common.wire.tensors import decode_adapter
@@ -32,3 +32,17 @@ WORK: dict[Stage, Work] = {
 def answer(guard: GuardApi, stage: Stage, order: Round, content: wire.Content) -> wire.Content:
     """What ``guard`` says to ``content``, whose order is ``order``; what the guard raises goes through."""
     return WORK[stage](guard, order, content)
+
+
+def ask(address: str, stage: Stage, order: Round, content: wire.Content) -> wire.Content:
+    """What the guard at ``address`` says to ``content``.
+
+    ``unix:SOCKET`` is a guard in a process of its own, whose answers pass unread; of another kind see
+    `common.guard_api.connect`.
+    """
+    kind, _, socket = address.partition(":")
+    if kind == "unix" and socket:
+        from common.guard_link import remote  # gRPC, which only a deployed courier needs
+
+        return remote.ask(socket, stage, order, content)
+    return answer(guard_api.connect(address), stage, order, content)

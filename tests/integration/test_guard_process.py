@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,11 @@ from client.app import app as client_app
 from client.orders import ORDERS
 from common import wire
 from common.config import load_recipe, save_run_config
+from common.errors import ArtefactError
 from common.guard_link.service import describe
 from common.plan import Round, Stage
+from common.privacy.keys import SiteKeys
+from common.wire.signed import signer_of
 from simulations import simulate
 from simulations.loopback import LoopbackGrid, drive, task_identity
 from tests.e2e import walks
@@ -65,10 +68,14 @@ class GuardedGrid(LoopbackGrid):
         for context, socket in zip(self._contexts.values(), sockets, strict=True):
             context.node_config = {"guard": f"unix:{socket}"}
         self.requests: list[Message] = []
+        self.replies: list[tuple[str, Round, wire.Content]] = []
 
     def _kept(self, message: Message, context: object) -> Message:
+        order = wire.decode_order(message.content)
         self.requests.append(message)
-        return client_app(message, context)  # type: ignore[arg-type]
+        reply = client_app(message, context)  # type: ignore[arg-type]
+        self.replies.append((message.metadata.message_type, order, reply.content))
+        return reply
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,8 @@ class Federation:
     reference: Path
     again: wire.Content  # what a guard said to a message that it had answered before
     restarted: wire.Content  # and another guard in its place
+    order: Round  # of that message
+    signers: list[tuple[str, str]]  # (site, action) of every answer of the run whose signature holds
     out: dict[str, str]
     codes: dict[str, int]
 
@@ -100,6 +109,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
     grid = GuardedGrid([doors[site] for site in SITES])
     with guards(homes, doors) as processes:
         drive(grid, run, root / "nowhere")
+        keys = {site: SiteKeys.open(home).public for site, home in homes.items()}
+        signers = [(signer_of(content, order, keys), action) for action, order, content in grid.replies]
         told = next(m for m in grid.requests if m.metadata.message_type == wire.ACTIONS[Stage.style])
         context = next(iter(grid._contexts.values()))
         again = client_app(told, context).content
@@ -110,7 +121,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
             codes[site] = process.returncode
     with guards({"east": homes["east"]}, doors):
         restarted = client_app(told, context).content
-    return Federation(run, homes, reference, again, restarted, out, codes)
+    order = wire.decode_order(told.content)
+    return Federation(run, homes, reference, again, restarted, order, signers, out, codes)
 
 
 def test_a_federation_over_guards_of_their_own_is_the_simulation(federation: Federation) -> None:
@@ -139,6 +151,19 @@ def test_an_order_is_answered_once_after_a_restart_too(federation: Federation) -
         refused = wire.decode_refusal(content)
         assert refused is not None
         assert (refused.code, refused.field) == ("REFUSED_POLICY", "order")
+
+
+def test_every_answer_is_signed_by_the_site_for_its_order(federation: Federation) -> None:
+    keys = {site: SiteKeys.open(home).public for site, home in federation.homes.items()}
+    assert keys["east"] in federation.out["east"]  # the guard says whom to trust
+    assert set(federation.signers) == {(site, stage) for site in SITES for stage in wire.ACTIONS.values()} - {
+        (site, wire.ACTIONS[stage]) for site in SITES for stage in (Stage.generator, Stage.shared_student)
+    }
+    for content in (federation.again, federation.restarted):  # a refusal too
+        assert signer_of(content, federation.order, keys) == "east"
+    order = replace(federation.order, nonce="another")
+    with pytest.raises(ArtefactError):
+        signer_of(federation.again, order, keys)
 
 
 def test_a_guard_ends_when_it_is_told_to_and_says_who_it_is(federation: Federation) -> None:

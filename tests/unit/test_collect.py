@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, Error, Message
 
 import server.collect
@@ -17,6 +20,8 @@ from common.adapter import Adapter, AdapterUpdate
 from common.errors import ArtefactError, DiskFault
 from common.guard_api import StudentNote
 from common.plan import Round, Stage
+from common.privacy.keys import public_key
+from common.wire.signed import sign_reply
 from server.collect import Collection, Collector, Errand, LiveUpdates
 from server.events import EventLog
 from simulations.loopback import LoopbackGrid, task_identity
@@ -83,7 +88,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 class Case:
     """One collection over a scripted grid; ``taken`` is the order in which answers were taken."""
 
-    def __init__(self, folder: Path, script: dict[int, list[object]], **options: int) -> None:
+    def __init__(self, folder: Path, script: dict[int, list[object]], **options: Any) -> None:
         self.folder = folder
         self.grid = ScriptedGrid(script)
         self.collector = Collector(self.grid, EventLog(folder / "events.jsonl"), **options)
@@ -143,6 +148,7 @@ def test_bytes_are_those_of_the_messages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
+        (Error(7, "not approved: /srv/site"), "REFUSED_BUNDLE"),
         (Error(2, "<class 'RuntimeError'>:<'/data/patient_17'>"), "FLOWER_ERROR_2"),
         (wire.encode_refusal("REFUSED_POLICY", "allow_style"), "REFUSED_POLICY (allow_style)"),
         (wire.encode_refusal("SITE_FAILED"), "SITE_FAILED"),
@@ -297,3 +303,36 @@ def test_the_wait_for_nodes_has_an_end(tmp_path: Path, monkeypatch: pytest.Monke
     case = Case(tmp_path, {})
     monkeypatch.setattr(case.grid, "get_node_ids", lambda: [7])
     assert case.collector.online(2, 0.05) == [7]
+
+
+def test_with_keys_only_what_its_site_signed_for_this_order_is_taken(tmp_path: Path) -> None:
+    keys = {site: Ed25519PrivateKey.generate() for site in SITES}
+    public = {site: public_key(key) for site, key in keys.items()}
+    earlier = replace(ORDER, nonce="an earlier one")
+
+    def run(first: wire.Content, second: wire.Content, third: wire.Content) -> tuple[Case, Collection]:
+        case = Case(tmp_path, {1: [first], 2: [second], 3: [third]}, keys=public)
+        return case, case.run()
+
+    case, collection = run(
+        sign_reply(note("a"), "a", ORDER, keys["a"]),
+        sign_reply(note("b"), "b", earlier, keys["b"]),
+        note("c"),
+    )
+    assert case.taken == collection.sites == ["a"]
+    assert reasons(collection) == {
+        "b": "a reply that its site did not sign, or that was changed or answers another order",
+        "c": "a reply that nobody signed",
+    }
+    case, collection = run(
+        sign_reply(note("a"), "b", ORDER, keys["b"]),  # b's word in a's place
+        sign_reply(wire.encode_refusal("REFUSED_BUDGET"), "b", ORDER, keys["b"]),
+        wire.encode_refusal("REFUSED_BUDGET"),
+    )
+    assert not case.taken
+    assert reasons(collection) == {
+        "a": "a reply that another site signed",
+        "b": "REFUSED_BUDGET",
+        "c": "REFUSED_BUDGET, not signed by its site",
+    }
+    assert set(collection.refusals) == {"b"}  # only a site's own word is its refusal

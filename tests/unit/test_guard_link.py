@@ -14,9 +14,9 @@ from common import wire
 from common.errors import ArtefactError, ConfigError, GuardUnreachable, PolicyRefusal
 from common.guard_link import frames
 from common.guard_link.guard_pb2 import Description, Frame, Head
-from common.guard_link.remote import GuardRefusal, RemoteGuard
 from common.guard_link.service import LONGEST_PATH, Door, describe, served
 from common.plan import Round, Stage
+from common.wire import desk
 
 ORDER = Round("0" * 64, Stage.style, 0, 5.0, "n1")
 ABOUT = Description(site="east", version="1", code_sha256="c")
@@ -66,25 +66,28 @@ def refusing(stage: Stage, content: wire.Content) -> wire.Content:
     return wire.encode_refusal("REFUSED_POLICY", f"field_{stage}")
 
 
+def asked(door: Door) -> wire.Content:
+    return desk.ask(f"unix:{door.socket}", Stage.style, ORDER, wire.encode_request(ORDER))
+
+
 def test_a_refusal_keeps_its_code_and_field_and_the_socket_is_its_groups(door: Door) -> None:
     with served(door, refusing, ABOUT):
         assert stat.S_IMODE(door.socket.stat().st_mode) == 0o770
         assert describe(door.socket) == ABOUT
-        with pytest.raises(GuardRefusal) as refused:
-            RemoteGuard(str(door.socket)).style(ORDER)
-    assert (refused.value.border_code, refused.value.field) == ("REFUSED_POLICY", "field_style")
+        refused = wire.decode_refusal(asked(door))
+    assert refused == wire.Refusal("REFUSED_POLICY", "field_style")
     assert not door.socket.exists()
 
 
 def test_without_a_guard_the_courier_says_what_to_start(door: Door) -> None:
     with pytest.raises(GuardUnreachable, match="wardround site guard") as missing:
-        RemoteGuard(str(door.socket)).style(ORDER)
+        asked(door)
     assert missing.value.border_code == "GUARD_UNREACHABLE"
 
 
 def test_an_answer_that_is_too_long_or_no_message_breaks_off(door: Door) -> None:
     with served(Door(door.socket, 10), refusing, ABOUT), pytest.raises(ArtefactError, match="too long"):
-        RemoteGuard(str(door.socket)).style(ORDER)
+        asked(door)
 
 
 def test_a_guard_that_was_killed_leaves_its_place_to_the_next(door: Door) -> None:
