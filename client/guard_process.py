@@ -21,8 +21,9 @@ from common.code_digest import code_sha256
 from common.errors import ConfigError
 from common.guard_link.guard_pb2 import Description
 from common.guard_link.service import Door, served
-from common.plan import Stage
+from common.plan import Round, RunPlan, Stage
 from common.wire import desk
+from common.wire.sealed import seal
 
 
 @contextmanager
@@ -49,12 +50,23 @@ def answering(folder: Path, site: Site) -> Callable[[Stage, wire.Content], wire.
         try:
             order = wire.decode_order(content)
             orders.take(order)
-            return desk.answer(guard, stage, order, content)
+            reply = desk.answer(guard, stage, order, content)
+            if stage is not Stage.propose:
+                reply = sealed(site.accepted_plan(order.plan_sha256), order, reply)
+            return reply
         except (Exception, SystemExit) as error:  # no text may leave
             keep_fault(f"in-process:{folder}", wire.ACTIONS[stage], error)
             return wire.encode_refusal(*border_answer(error))
 
     return answer
+
+
+def sealed(plan: RunPlan, order: Round, reply: wire.Content) -> wire.Content:
+    """``reply``, for the coordinator's eyes alone where ``plan`` names its key.
+
+    Guarantee: of a plan with a key nothing but refusals and the answer to a proposal leaves readable.
+    """
+    return seal(reply, order, plan.coordinator_key) if plan.coordinator_key else reply
 
 
 def readable_by_others(folder: Path, site: Site) -> list[Path]:

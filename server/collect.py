@@ -20,7 +20,8 @@ from flwr.serverapp import Grid
 from common import progress, wire
 from common.adapter import AdapterUpdate
 from common.errors import ArtefactError, DeadlinePassed, DiskFault
-from common.plan import Stage
+from common.plan import Round, Stage
+from common.wire.sealed import sealed_most
 from common.wire.sizes import is_larger, message_bytes
 from server.events import EventLog
 from server.report.schema import Rejection
@@ -37,6 +38,7 @@ TOO_LARGE = "TOO_LARGE"
 monotonic: Callable[[], float] = time.monotonic
 Write: TypeAlias = Callable[[str], wire.Content]
 Take: TypeAlias = Callable[[str, wire.Content], None]
+Unseal: TypeAlias = Callable[[wire.Content, Round], wire.Content]
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class _Pull:
 class _Pending:
     message_id: str
     pushed: float
+    order: Round | None  # of an answer that comes sealed
     pull: _Pull | None = None
 
 
@@ -138,12 +141,18 @@ class Collector:
     Args:
         window: how many sites may have a message at once; None: all. An engine that works on few sites at a
             time says so, or the last sites' deadlines would pass while they queue.
+        unseal: opens an answer to an order; None: answers come as they are.
+
+    Guarantee: with ``unseal`` no answer counts that it does not open, but a refusal and the word on a plan.
     """
 
-    def __init__(self, grid: Grid, events: EventLog, window: int | None = None) -> None:
+    def __init__(
+        self, grid: Grid, events: EventLog, window: int | None = None, unseal: Unseal | None = None
+    ) -> None:
         self.grid = grid
         self.events = events
         self.window = window
+        self.unseal = unseal
         self.live = LiveUpdates()
 
     def online(self, expected: int, wait_s: float) -> list[int]:
@@ -186,8 +195,10 @@ class _Loop:
 
     def _push(self, site: str) -> None:
         errand, pushed = self.errand, monotonic()
+        content = errand.write(site)
+        order = wire.decode_order(content) if self._sealed else None
         message = wire.request_message(
-            errand.write(site), self.nodes[site], errand.stage, errand.deadline_s + TTL_SLACK_S
+            content, self.nodes[site], errand.stage, errand.deadline_s + TTL_SLACK_S
         )
         size = message_bytes(message)
         message_ids = list(self.owner.grid.push_messages([message]))
@@ -196,7 +207,7 @@ class _Loop:
             return
         self.result.bytes_down[site] = size
         self._event("message", site, direction="down", bytes=size)
-        self.pending[site] = _Pending(message_ids[0], pushed)
+        self.pending[site] = _Pending(message_ids[0], pushed, order)
 
     def _poll(self, site: str) -> bool:
         """Look for the site's reply; whether the site's turn of waiting is over."""
@@ -208,7 +219,7 @@ class _Loop:
             self._drop(site, DEADLINE)
         elif reply is not None:
             del self.pending[site]
-            self._arrive(site, reply)
+            self._arrive(site, reply, pending.order)
         return site not in self.pending
 
     def _try_pull(self, pending: _Pending) -> Message | None:
@@ -225,8 +236,13 @@ class _Loop:
         pulls = [entry.pull for entry in self.pending.values() if entry.pull is not None]
         return sum(monotonic() - pull.started < STUCK_S for pull in pulls)
 
-    def _arrive(self, site: str, reply: Message) -> None:
-        if reply.has_content() and is_larger(reply.content, self.errand.max_bytes):
+    @property
+    def _sealed(self) -> bool:
+        return self.owner.unseal is not None and self.errand.stage is not Stage.propose
+
+    def _arrive(self, site: str, reply: Message, order: Round | None) -> None:
+        most = self.errand.max_bytes if order is None else sealed_most(self.errand.max_bytes)
+        if reply.has_content() and is_larger(reply.content, most):
             self._drop(site, TOO_LARGE)
             return
         size = message_bytes(reply)
@@ -240,11 +256,20 @@ class _Loop:
             self.result.late += refusal.code == DEADLINE
             self._drop(site, f"{refusal.code} ({refusal.field})" if refusal.field else refusal.code)
         else:
-            self._take(site, reply.content)
+            self._take(site, reply.content, order)
 
-    def _take(self, site: str, content: wire.Content) -> None:
+    def _opened(self, content: wire.Content, order: Round | None) -> wire.Content:
+        """What the site said. Raises ``ArtefactError`` if it is not sealed as it should be."""
+        if order is None or self.owner.unseal is None:
+            return content
+        said = self.owner.unseal(content, order)
+        if is_larger(said, self.errand.max_bytes):
+            raise ArtefactError(TOO_LARGE)
+        return said
+
+    def _take(self, site: str, content: wire.Content, order: Round | None) -> None:
         try:
-            self.errand.take(site, content)
+            self.errand.take(site, self._opened(content, order))
         except DiskFault:
             raise  # this machine's fault, no site's
         except ArtefactError as error:

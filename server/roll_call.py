@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from common import wire
@@ -28,24 +29,38 @@ class Roll:
     record: RoundRecord
 
 
-def call_the_roll(rounds: Rounds, recipe: Recipe, before: RunOutcome | None) -> Roll:
-    """Propose the plan to every node that is online.
+@dataclass(frozen=True)
+class Invitation:
+    """The nodes that a run may speak to, by site, and who looks at each answer before it counts."""
+
+    nodes: Mapping[str, int]
+    hear: Callable[[str, PlanAnswer], None]
+
+
+def call_the_roll(
+    rounds: Rounds, recipe: Recipe, before: RunOutcome | None, invitation: Invitation | None = None
+) -> Roll:
+    """Propose the plan to every node that is online, or to those alone that were invited.
 
     Args:
         before: the outcome so far of a resumed run, whose sites alone may take part.
+        invitation: of a run that was submitted; None: whoever is online may answer.
 
     Raises:
         DeadlinePassed: too few nodes came online, or too few answered in time.
         FederationError: too few sites agree.
     """
-    nodes = _online(rounds, recipe)
+    nodes = _online(rounds, recipe) if invitation is None else dict(invitation.nodes)
     answers: dict[str, PlanAnswer] = {}
 
     def write(label: str) -> wire.Content:
         return wire.encode_proposal(rounds.order(Stage.propose, 0, label), rounds.plan)
 
     def take(label: str, content: wire.Content) -> None:
-        answers[label] = _admitted(wire.decode_answer(content), rounds.plan)
+        answer = _admitted(wire.decode_answer(content), rounds.plan)
+        if invitation is not None:
+            invitation.hear(label, answer)
+        answers[label] = answer
 
     finished = rounds.ask(rounds.errand(Stage.propose, 0, write, take), "proposal", nodes)
     faults = _faults(answers, recipe, before)
