@@ -19,6 +19,7 @@ import click
 
 from client.audit_commands import audit
 from client.commands import data
+from client.job_commands import approve, jobs, refuse, stop
 from client.policy_commands import policy_draft
 from client.preparation.commands import prepare, sets
 from client.site_commands import site
@@ -31,6 +32,8 @@ from common.interrupts import resume_hint
 from common.privacy.commands import privacy
 from common.privacy.policy_commands import policy_group
 from server.commands import report
+from server.consortium_commands import consortium
+from server.submission_commands import status, submit
 from simulations.commands import demo, recipes, simulate, validate
 
 # A hospital's machine calls nobody on its own, and idle threads do not spin beside a working one.
@@ -107,7 +110,8 @@ def main() -> None:
 
 
 COMMANDS = (
-    demo, simulate, recipes, validate, report, data, teacher, student, synthetic, privacy, site, doctor
+    demo, simulate, recipes, validate, report, data, teacher, student, synthetic, privacy, site, consortium,
+    doctor,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)
@@ -115,6 +119,10 @@ data.add_command(prepare)
 data.add_command(sets)
 privacy.add_command(audit)
 policy_group.add_command(policy_draft)
+for command in (jobs, approve, refuse, stop):
+    site.add_command(command)
+for command in (submit, status):
+    consortium.add_command(command)
 
 if __name__ == "__main__":
     main(prog_name="wardround")

@@ -126,11 +126,24 @@ class Steward:
 
     def check(self, plan: RunPlan) -> Approval | None:
         """The approval that ``plan`` has now; None where nobody is asked. Raises what `hear` raises."""
-        today = now().date()
-        if (self._site.folder / STOPPED).exists():
+        if self.stopped:
             raise ConsentRefused(
                 "this site has stopped taking part: wardround site stop --undo", field="stopped"
             )
+        return self._standing(plan)
+
+    def standing(self, plan: RunPlan) -> str:
+        """approved, pending, refused, expired or damaged; a stop apart."""
+        try:
+            self._standing(plan)
+        except ConsentPending:
+            return "pending"
+        except ConsentRefused as refusal:
+            return refusal.field
+        return str(Verdict.approved)
+
+    def _standing(self, plan: RunPlan) -> Approval | None:
+        today = now().date()
         if plan.ended(today):
             raise ConsentRefused(f"the plan's last day was {plan.expires}", field="expired")
         if not self._asks:

@@ -88,7 +88,8 @@ class Walk:
         self.first = first or first_adapters(recipe)
         self.submitted = submitted
         known = submitted or saved
-        run_id, terms = known.plan.run_id if known else secrets.token_hex(8), submitted and submitted.terms
+        run_id = known.plan.run_id if known else secrets.token_hex(8)
+        terms = None if submitted is None else submitted.terms
         self.plan: RunPlan = build_plan(recipe, run_id, self.first, terms)
         if submitted is not None:
             submitted.check(self.plan)
@@ -133,7 +134,8 @@ class Walk:
     def propose(self) -> None:
         """Ask every node; those that agree are the run's sites. A resumed run keeps its first sites."""
         before = self.saved.outcome if self.saved else None
-        invitation = self.submitted and invite(self.rounds.collector, self.recipe, self.submitted)
+        job = self.submitted
+        invitation = None if job is None else invite(self.rounds.collector, self.recipe, job)
         roll = call_the_roll(self.rounds, self.recipe, before, invitation)
         self.rounds.nodes = roll.nodes
         if self.saved:

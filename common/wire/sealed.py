@@ -115,8 +115,8 @@ def _box(content: RecordDict) -> bytes:
     if not isinstance(arrays, ArrayRecord) or not isinstance(about, ConfigRecord):
         raise ArtefactError("an answer that is not sealed")
     head = read_strictly(about.get("json"), _Head, "seal")
-    names = [f"uint8.{index}" for index in range(-(-head.bytes // CHUNK_BYTES))]
-    if head.schema != SCHEMA or len(arrays) != len(names) or set(arrays) != set(names):
+    names = [f"uint8.{index}" for index in range(len(arrays))]
+    if head.schema != SCHEMA or -(-head.bytes // CHUNK_BYTES) != len(names) or set(arrays) != set(names):
         raise ArtefactError("a sealed answer is not as its head says")
     box = b"".join(arrays.pop(name).data for name in names)
     if len(box) != head.bytes:
