@@ -87,12 +87,7 @@ class Walk:
         saved = self.store.load()
         self.first = first or first_adapters(recipe)
         self.submitted = submitted
-        known = submitted or saved
-        run_id = known.plan.run_id if known else secrets.token_hex(8)
-        terms = None if submitted is None else submitted.terms
-        self.plan: RunPlan = build_plan(recipe, run_id, self.first, terms)
-        if submitted is not None:
-            submitted.check(self.plan)
+        self.plan = self._planned(saved)
         self.saved = self.store.load_for(self.plan)
         momentum = recipe.privacy.momentum if recipe.privacy.asked else 0.0
         self.rules: dict[Stage, AggregationRule] = {Stage.adapt: build_rule(recipe.aggregation, momentum)}
@@ -117,6 +112,16 @@ class Walk:
             )
             for stage, rule in self.rules.items()
         }
+
+    def _planned(self, saved: Checkpoint | None) -> RunPlan:
+        """The plan, made anew; the one that was submitted, if any was."""
+        job = self.submitted
+        known = job or saved
+        run_id = known.plan.run_id if known else secrets.token_hex(8)
+        plan = build_plan(self.recipe, run_id, self.first, None if job is None else job.terms)
+        if job is not None:
+            job.check(plan)
+        return plan
 
     def train(self) -> None:
         """Every phase of the plan up to the students."""
