@@ -18,7 +18,7 @@ from client.orders import OrderBook
 from client.site import Site
 from common import wire
 from common.code_digest import code_sha256
-from common.errors import ConfigError
+from common.errors import ArtefactError, ConfigError
 from common.guard_link.guard_pb2 import Description
 from common.guard_link.service import Door, served
 from common.plan import Round, RunPlan, Stage
@@ -49,6 +49,8 @@ def answering(folder: Path, site: Site) -> Callable[[Stage, wire.Content], wire.
     def answer(stage: Stage, content: wire.Content) -> wire.Content:
         try:
             order = wire.decode_order(content)
+            if order.stage is not stage:
+                raise ArtefactError("a message of one stage carries the order of another")
             orders.take(order)
             reply = desk.answer(guard, stage, order, content)
             if stage is not Stage.propose:

@@ -12,7 +12,7 @@ MEBIBYTE = 1 << 20
 
 @click.group()
 def site() -> None:
-    """One hospital: its guard.
+    """One hospital: its guard, and its word on each job.
 
     \b
     Example:

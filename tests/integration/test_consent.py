@@ -217,6 +217,13 @@ def test_bytes_up_are_those_of_the_sealed_message(story: Story) -> None:
     assert all(least < count < least + 1000 for count in record.bytes_up.values())
 
 
+def test_a_resumed_run_speaks_to_the_approved_sites_alone(story: Story, consortium: Consortium) -> None:
+    before = adapter_of(story.run)
+    consortium.drive(story.run, "run")
+    assert dict(consortium.sent) == {"east": 1, "west": 1}  # the roll call; the rest was done
+    assert adapter_of(story.run) == before
+
+
 def test_a_changed_plan_is_pending_again_and_nothing_is_sent(story: Story, consortium: Consortium) -> None:
     run = consortium.submit("changed", min_sites=2, rounds=3)
     with pytest.raises(PolicyRefusal):
@@ -308,6 +315,15 @@ def test_a_site_that_stops_in_the_middle_drops_out_by_name_and_the_others_finish
     for stage, index in (("adapt", 1), ("adapt", 2), ("student", 0)):
         assert rejected(outcome, stage, index) == {"west": "REFUSED_CONSENT (stopped)"}
     assert sorted(outcome.notes) == ["east", "north"]
+
+
+def test_a_message_of_one_stage_cannot_carry_the_order_of_another(consortium: Consortium) -> None:
+    plan = RunPlan.from_json((consortium.home("east") / "plan.json").read_text())
+    adapter = first_adapters(recipe_of(SITES)).teachers[0]
+    content = wire.encode_request(Round(plan.digest, Stage.evaluate, 0, 60.0, "mixed"), adapter)
+    told = wire.decode_refusal(consortium.doors["east"](Stage.adapt, content))
+    assert told is not None
+    assert told.code == "ARTEFACT_MISMATCH"
 
 
 def test_an_expired_job_is_refused_at_every_stage(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -225,6 +225,19 @@ def test_only_orders_of_the_approved_plan_are_heeded(steward: Steward, smoke_pla
     assert field(Stage.adapt, 0, ["another"]) == field(Stage.adapt, 0, []) == "starts"
     for stage, index in ((Stage.adapt, 2), (Stage.adapt, -1), (Stage.style, 1), (Stage.generator, 0)):
         assert field(stage, index, start) == "rounds"
+
+
+def test_no_more_rounds_are_worked_on_than_were_approved(
+    steward: Steward, smoke_plan: RunPlan, home: Path
+) -> None:
+    word = approved(steward, smoke_plan)
+    fewer = replace(word, rounds=1).signed(SiteKeys.open(home).signer)
+    path = steward.folder / f"{smoke_plan.digest}.answer.json"
+    path.write_text(json.dumps({"approval": asdict(fewer), "note": ""}))
+    second = Round(smoke_plan.digest, Stage.adapt, 1, 60.0, "n")
+    with pytest.raises(ConsentRefused) as refusal:
+        steward.heed(smoke_plan, second, ["any"])
+    assert refusal.value.field == "rounds"
 
 
 def test_a_coordinator_cannot_fill_the_disk_with_plans(
