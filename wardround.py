@@ -19,6 +19,7 @@ import click
 
 from client.audit_commands import audit
 from client.commands import data
+from client.job_commands import approve, jobs, refuse, stop
 from client.joining_commands import site_init, site_join, site_node
 from client.network.executor_commands import bundle, executor
 from client.policy_commands import policy_draft
@@ -34,6 +35,7 @@ from common.privacy.commands import privacy
 from common.privacy.policy_commands import policy_group
 from server.commands import report
 from server.consortium_commands import consortium
+from server.submission_commands import status, submit
 from simulations.commands import demo, recipes, simulate, validate
 
 # A hospital's machine calls nobody on its own, and idle threads do not spin beside a working one.
@@ -119,8 +121,10 @@ data.add_command(prepare)
 data.add_command(sets)
 privacy.add_command(audit)
 policy_group.add_command(policy_draft)
-for command in (site_init, site_join, site_node, executor, bundle):
+for command in (site_init, site_join, site_node, executor, bundle, jobs, approve, refuse, stop):
     site.add_command(command)
+for command in (submit, status):
+    consortium.add_command(command)
 
 if __name__ == "__main__":
     main(prog_name="wardround")

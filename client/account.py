@@ -213,15 +213,23 @@ class Account:
         """Raises ``BudgetExceeded`` if the run's remaining steps would pass the cap on everything."""
         if self.terms is None or self._caps.total is None:
             return
-        ahead = self.terms.event(self.terms.steps - self.taken)
-        spent = quick_epsilon([ahead, *self._ledger.most_used()], self._caps.delta)
-        if self.published is not None:  # of other patients, whose past is seen when they are charged
-            spent = max(spent, quick_epsilon([self.published.event], self._caps.delta))
-        if spent > self._caps.total:
+        if self.forecast() > self._caps.total:
             raise BudgetExceeded(
                 "the run would pass max_epsilon_total of this site's policy: ask for more noise or fewer "
                 "steps, or sign a new policy"
             )
+
+    def forecast(self) -> float:
+        """Epsilon of the patients who have spent most, once the run's remaining steps are taken.
+
+        After `check`, of a private plan.
+        """
+        assert self.terms is not None, "only a private plan spends"
+        ahead = self.terms.event(self.terms.steps - self.taken)
+        spent = quick_epsilon([ahead, *self._ledger.most_used()], self._caps.delta)
+        if self.published is not None:  # of other patients, whose past is seen when they are charged
+            spent = max(spent, quick_epsilon([self.published.event], self._caps.delta))
+        return spent
 
     def check_in_force(self) -> None:
         """Raises ``PolicyRefusal`` if the policy has run out since `check`."""

@@ -25,6 +25,7 @@ from client.patients import Patient, Split, of_split
 from client.pinned_factors import check_named, check_sent
 from client.publishing import keep, kept_metrics, lost_metrics
 from client.site import Site
+from client.steward import Steward
 from client.students import start_of
 from client.style import summarise_style
 from client.witnesses import witness
@@ -53,12 +54,15 @@ class Guard:
         """``own_process``: no code of a run shares this process; the ledger books it, and reports say so."""
         self.site, self._own_process = site, own_process
         self._ledger = OpenLedger(site.folder)
+        self._steward = Steward.of_guard(site, own_process)
 
     def propose(self, plan: RunPlan, order: Round) -> PlanAnswer:
         """Agree or refuse; a refusal names a code and a policy field, nothing that depends on data."""
         answer = PlanAnswer(self.site.name, True, plan.digest)
         account: Account | None = None
         try:
+            approval = self._steward.hear(plan)
+            self._refuse_unsealed(plan)
             self._check_policy(plan)
             account = Account(self.site, plan, self._ledger)
             self._check(account, order)
@@ -73,8 +77,11 @@ class Guard:
             self._labelled(plan)  # a site that cannot read its data says so now, not in the middle
             self.site.accept(plan)
             account.begin(self._own_process)
+            word = approval or (self._steward.by_policy(plan) if self._own_process else None)
+            answer = replace(answer, approval=word)
         except (PolicyRefusal, BudgetExceeded, LedgerBroken) as refusal:
-            answer = PlanAnswer(self.site.name, False, plan.digest, *border_answer(refusal))
+            word = self._steward.refusal_of(plan)
+            answer = PlanAnswer(self.site.name, False, plan.digest, *border_answer(refusal), approval=word)
             keep_refusal(self.site.folder, order.stage, refusal)
             if account is not None:
                 account.refuse(refusal)
@@ -160,11 +167,12 @@ class Guard:
         return _as_sent(SiteMetrics, egress.release_numbers(*about, asdict(answer), of=everyone, paid=paid))
 
     def _heed(self, order: Round, *sent: Adapter) -> tuple[RunPlan, Account]:
-        """The plan of ``order``, if this site agreed to it and its policy still does, and what it costs.
+        """The plan of ``order``, if this site agreed to it and its people and policy still do; what it costs.
 
         What the order says to the site's people is kept. The policy also looks at what was ``sent`` with it.
         """
         plan = self.site.accepted_plan(order.plan_sha256)
+        self._steward.heed(plan, order, [one.digest for one in sent])
         if order.notice:
             keep_notice(self.site.folder, order)
         account = Account(self.site, plan, self._ledger)
@@ -212,6 +220,14 @@ class Guard:
             account.refuse(refusal)
             raise
 
+    def _refuse_unsealed(self, plan: RunPlan) -> None:
+        if plan.coordinator_key and not self._own_process:
+            raise PolicyRefusal(
+                "the plan wants answers sealed, and a guard in the courier's process cannot: start one of "
+                "its own with `wardround site guard`",
+                field="coordinator_key",
+            )
+
     def _patients(self, plan: RunPlan) -> list[Patient]:
         return self.site.patients(plan.data, plan.seed)
 
@@ -233,6 +249,8 @@ class Guard:
         return labelled
 
     def _egress(self, plan: RunPlan, account: Account) -> Egress:
+        """The exit, for what was just made. Raises what `Steward.check` raises: a stop counts here too."""
+        self._steward.check(plan)
         return Egress(self.site.name, self.site.folder, plan, self.site.variant(plan), account)
 
     def _update(self, plan: RunPlan, sent: Adapter, trained: Adaptation, patients: int) -> AdapterUpdate:

@@ -19,12 +19,13 @@ from client.orders import OrderBook
 from client.site import Site
 from common import wire
 from common.code_digest import code_sha256
-from common.errors import ConfigError
+from common.errors import ArtefactError, ConfigError
 from common.guard_link.guard_pb2 import Description
 from common.guard_link.service import Door, served
-from common.plan import Round, Stage
+from common.plan import Round, RunPlan, Stage
 from common.privacy.keys import SIGNING_KEY, SiteKeys, read_private_key
 from common.wire import desk
+from common.wire.sealed import seal
 from common.wire.signed import sign_reply
 
 
@@ -58,14 +59,26 @@ def answering(folder: Path, site: Site) -> Callable[[Stage, wire.Content], wire.
         order: Round | None = None
         try:
             order = wire.decode_order(content)
+            if order.stage is not stage:
+                raise ArtefactError("a message of one stage carries the order of another")
             orders.take(order)
             reply = desk.answer(guard, stage, order, content)
+            if stage is not Stage.propose:
+                reply = sealed(site.accepted_plan(order.plan_sha256), order, reply)
         except (Exception, SystemExit) as error:  # no text may leave
             keep_fault(f"in-process:{folder}", wire.ACTIONS[stage], error)
             reply = wire.encode_refusal(*border_answer(error))
         return reply if order is None else _signed(folder, site.name, order, reply)
 
     return answer
+
+
+def sealed(plan: RunPlan, order: Round, reply: wire.Content) -> wire.Content:
+    """``reply``, for the coordinator's eyes alone where ``plan`` names its key.
+
+    Guarantee: of a plan with a key nothing but refusals and the answer to a proposal leaves readable.
+    """
+    return seal(reply, order, plan.coordinator_key) if plan.coordinator_key else reply
 
 
 def _signed(folder: Path, site: str, order: Round, reply: wire.Content) -> wire.Content:

@@ -14,7 +14,7 @@ from common.canonical import canonical_json
 from common.config import load_site
 from common.errors import DataError, PolicyRefusal
 from common.plan import RunPlan, Variant, rebuild
-from common.recipe import DataConfig, Holdout, PolicyConfig, TeacherConfig
+from common.recipe import Consent, DataConfig, Holdout, PolicyConfig, TeacherConfig
 from common.seeding import derive_seed
 from common.tuning.presets import rank_of, site_teacher
 
@@ -34,6 +34,7 @@ class Site:
     declared_test: int | None = None  # labelled test patients, the same
     officer_key: Path | None = None  # of who signs policy.json
     holdout: Holdout = Holdout.none
+    consent: Consent | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Site:
@@ -52,6 +53,7 @@ class Site:
             declared_test=given.test_patients,
             officer_key=officer,
             holdout=given.holdout,
+            consent=given.consent,
         )
 
     def teacher(self, plan: RunPlan) -> TeacherConfig:

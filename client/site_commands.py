@@ -12,7 +12,7 @@ MEBIBYTE = 1 << 20
 
 @click.group()
 def site() -> None:
-    """One hospital: its guard, its executor and the bundles that it approved.
+    """One hospital: its keys and its node, its guard, its word on each job, and whose code runs there.
 
     \b
     Example:

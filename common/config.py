@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.canonical import sha256_of
+from common.changes import changes
 from common.durable import write_atomic
 from common.errors import ConfigError
 from common.privacy_rules import privacy_notes
@@ -131,15 +132,7 @@ def recipe_digest(recipe: Recipe) -> str:
 
 def differences(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
     """(key, value before, value now) of every setting that differs; a list counts as one setting."""
-    return list(_differences(asdict(before), asdict(now), ""))
-
-
-def _differences(before: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in before:
-            yield from _differences(before[name], now[name], f"{key}.{name}" if key else name)
-    elif before != now:
-        yield key, before, now
+    return list(changes(asdict(before), asdict(now)))
 
 
 def load_site(path: Path) -> SiteFile:

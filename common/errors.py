@@ -9,6 +9,8 @@
     ├── ArtefactError        12   an adapter, a checkpoint or a state is bad or does not match
     │   └── DiskFault        12   a file cannot be written: the disk is full or read-only
     ├── PolicyRefusal        20   a site's policy says no
+    │   ├── ConsentPending   20   nobody at the site has approved this very plan yet
+    │   └── ConsentRefused   20   the site has refused it, has stopped, or its approval does not hold any more
     ├── BudgetExceeded       21   the privacy budget would be passed
     ├── VerificationFailed   22   a record does not hold
     ├── FederationError      30   too few sites, rejected updates
@@ -81,6 +83,14 @@ class PolicyRefusal(WardroundError):
     def __init__(self, message: str, field: str = "") -> None:
         super().__init__(message)
         self.field = field
+
+
+class ConsentPending(PolicyRefusal):
+    border_code = "PENDING"
+
+
+class ConsentRefused(PolicyRefusal):
+    border_code = "REFUSED_CONSENT"
 
 
 class BudgetExceeded(WardroundError):

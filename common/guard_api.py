@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from common.adapter import Adapter, AdapterUpdate
+from common.approval import Approval
 from common.errors import UsageError
 from common.plan import Round, RunPlan
 from common.privacy.heads import SignedHead
@@ -25,6 +26,7 @@ class PlanAnswer:
         code: empty when it agrees; ``field`` is then empty too.
         preset, rank: the plan's variant that the site will train; empty and 0 when it refuses.
         ledger_head: of the site's ledger in a private run, as in every answer there (`client.egress`).
+        approval: the signed word of the site's people, where they are asked.
     """
 
     site: str
@@ -35,6 +37,7 @@ class PlanAnswer:
     preset: str = ""
     rank: int = 0
     ledger_head: SignedHead | None = None
+    approval: Approval | None = None
 
 
 @dataclass(frozen=True)

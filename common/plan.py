@@ -7,6 +7,7 @@ base models, and each tensor that may leave a site.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import date
 from enum import StrEnum
 from functools import cache, cached_property
 from types import UnionType
@@ -96,6 +97,11 @@ class RunPlan:
             one of them.
         baselines: models that each site trains beside its student, for comparison.
         sites: that are asked, by name; empty where the coordinator does not know them beforehand.
+        starts: digest of what is sent in round 0 of each training stage, as it travels (`start_of`).
+        bundle_sha256: of the Flower bundle whose code runs at the sites; empty where none is named.
+        expires: the last day (UTC, YYYY-MM-DD) on which a site works on it; empty: none.
+        coordinator_key: X25519 (64 hex digits), to which sites seal their answers (`common.wire.sealed`);
+            empty: they do not.
     """
 
     run_id: str
@@ -115,6 +121,10 @@ class RunPlan:
     evaluation: EvaluationConfig
     baselines: list[str]
     sites: list[str] = field(default_factory=list)
+    starts: dict[str, str] = field(default_factory=dict)
+    bundle_sha256: str = ""
+    expires: str = ""
+    coordinator_key: str = ""
 
     def to_json(self) -> str:
         return canonical_json(asdict(self))
@@ -134,6 +144,19 @@ class RunPlan:
         """The variant of that name and rank, if a site may train it."""
         return next((one for one in self.variants if (one.preset, one.rank) == (preset, rank)), None)
 
+    def rounds_of(self, stage: Stage) -> int:
+        """How many rounds ``stage`` has; 0 of one that the plan does not have."""
+        trained = {
+            Stage.adapt: self.rounds,
+            Stage.generator: self.generator.rounds,
+            Stage.shared_student: self.student.rounds,
+        }
+        return trained.get(stage, 1) if stage in self.stages else 0
+
+    def ended(self, today: date) -> bool:
+        """Whether ``today`` (UTC) is past its last day; what is no date has always ended."""
+        return bool(self.expires) and (day_of(self.expires) or date.min) < today
+
     @classmethod
     def from_json(cls, text: str) -> RunPlan:
         """Raises ``ArtefactError`` if ``text`` is not a plan of this version."""
@@ -145,6 +168,20 @@ class RunPlan:
             raise ArtefactError(f"not a run plan of this version: {error}") from error
         assert isinstance(plan, cls)
         return plan
+
+
+def day_of(text: str) -> date | None:
+    """The day that ``text`` names as YYYY-MM-DD and in no other way, or None."""
+    try:
+        day = date.fromisoformat(text)
+    except ValueError:
+        return None
+    return day if day.isoformat() == text else None
+
+
+def start_of(stage: Stage, variant: Variant) -> str:
+    """The name in `RunPlan.starts` of what round 0 of ``stage`` sends to a site that trains ``variant``."""
+    return f"adapt.{variant.preset}.{variant.rank}" if stage is Stage.adapt else str(stage)
 
 
 @dataclass(frozen=True)

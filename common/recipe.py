@@ -91,6 +91,11 @@ class Start(StrEnum):
     moco = "moco"  # the same, by telling views of one image from those of others (MoCo v3)
 
 
+class Consent(StrEnum):
+    ask = "ask"  # a person at the site approves each plan (`wardround site approve`)
+    policy = "policy"  # what the site's policy allows is agreed to
+
+
 class Holdout(StrEnum):
     none = "none"
     coin = "coin"  # each labelled training patient is left out by a fair coin, for audits: costs about half
@@ -370,7 +375,8 @@ class SiteFile:
     the plan's. ``patients``, the labelled ones that train, is what the site declares in a private run: it is
     public, and the noise is divided by it. ``test_patients``, the labelled ones that test, is the same for
     metrics that leave with noise. ``officer_key`` is the public key of who signs ``policy.json`` beside this
-    file; without it there is no such policy.
+    file; without it there is no such policy. ``consent`` None: a guard in a process of its own asks, one
+    that shares the courier's does not.
     """
 
     name: str = ""
@@ -383,3 +389,4 @@ class SiteFile:
     test_patients: int | None = None
     officer_key: str | None = None
     holdout: Holdout = Holdout.none  # with coins, about half of the labelled ones are declared as patients
+    consent: Consent | None = None

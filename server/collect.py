@@ -22,6 +22,7 @@ from common import progress, wire
 from common.adapter import AdapterUpdate
 from common.errors import ArtefactError, DeadlinePassed, DiskFault
 from common.plan import Round, Stage
+from common.wire.sealed import sealed_most
 from common.wire.signed import signer_of
 from common.wire.sizes import is_larger, message_bytes
 from server.events import EventLog
@@ -41,6 +42,7 @@ REFUSED_BUNDLE = "REFUSED_BUNDLE"  # the site, or its SuperNode, does not run th
 monotonic: Callable[[], float] = time.monotonic
 Write: TypeAlias = Callable[[str], wire.Content]
 Take: TypeAlias = Callable[[str, wire.Content], None]
+Unseal: TypeAlias = Callable[[wire.Content, Round], wire.Content]
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class _Pull:
 class _Pending:
     message_id: str
     pushed: float
-    order: Round | None  # where its answer is to be signed
+    order: Round | None  # of an answer that comes signed or sealed
     pull: _Pull | None = None
 
 
@@ -145,9 +147,11 @@ class Collector:
             time says so, or the last sites' deadlines would pass while they queue.
         keys: site -> its public key (64 hex digits), of the consortium's members; None: nobody has signed
             anything, as in a simulation.
+        unseal: opens an answer to an order; None: answers come as they are.
 
-    Guarantee: with ``keys``, no reply is handed to an errand that was not signed, for this very order, by
-    the site that it is from; what else arrives is dropped with a reason.
+    Guarantees: with ``keys``, no reply is handed to an errand that was not signed, for this very order, by
+    the site that it is from; with ``unseal``, none that it does not open, but a refusal and the word on a
+    plan. What else arrives is dropped with a reason.
     """
 
     def __init__(
@@ -156,11 +160,13 @@ class Collector:
         events: EventLog,
         window: int | None = None,
         keys: Mapping[str, str] | None = None,
+        unseal: Unseal | None = None,
     ) -> None:
         self.grid = grid
         self.events = events
         self.window = window
         self.keys = keys
+        self.unseal = unseal
         self.live = LiveUpdates()
 
     def online(self, expected: int, wait_s: float) -> list[int]:
@@ -204,7 +210,7 @@ class _Loop:
     def _push(self, site: str) -> None:
         errand, pushed = self.errand, monotonic()
         content = errand.write(site)
-        order = None if self.owner.keys is None else wire.decode_order(content)
+        order = wire.decode_order(content) if self._sealed or self.owner.keys is not None else None
         message = wire.request_message(
             content, self.nodes[site], errand.stage, errand.deadline_s + TTL_SLACK_S
         )
@@ -244,8 +250,13 @@ class _Loop:
         pulls = [entry.pull for entry in self.pending.values() if entry.pull is not None]
         return sum(monotonic() - pull.started < STUCK_S for pull in pulls)
 
+    @property
+    def _sealed(self) -> bool:
+        return self.owner.unseal is not None and self.errand.stage is not Stage.propose
+
     def _arrive(self, site: str, reply: Message, order: Round | None) -> None:
-        if reply.has_content() and is_larger(reply.content, self.errand.max_bytes):
+        most = sealed_most(self.errand.max_bytes) if self._sealed else self.errand.max_bytes
+        if reply.has_content() and is_larger(reply.content, most):
             self._drop(site, TOO_LARGE)
             return
         size = message_bytes(reply)
@@ -260,7 +271,7 @@ class _Loop:
         elif fault := self._signature_fault(site, reply.content, order):
             self._drop(site, fault)
         else:
-            self._take(site, reply.content)
+            self._take(site, reply.content, order)
 
     def _signature_fault(self, site: str, content: wire.Content, order: Round | None) -> str:
         """Why ``content`` cannot be ``site``'s word, or nothing."""
@@ -284,9 +295,18 @@ class _Loop:
         self.result.late += refusal.code == DEADLINE
         self._drop(site, words)
 
-    def _take(self, site: str, content: wire.Content) -> None:
+    def _opened(self, content: wire.Content, order: Round | None) -> wire.Content:
+        """What the site said. Raises ``ArtefactError`` if it is not sealed as it should be."""
+        if not self._sealed or order is None or self.owner.unseal is None:
+            return content
+        said = self.owner.unseal(content, order)
+        if is_larger(said, self.errand.max_bytes):
+            raise ArtefactError(TOO_LARGE)
+        return said
+
+    def _take(self, site: str, content: wire.Content, order: Round | None) -> None:
         try:
-            self.errand.take(site, content)
+            self.errand.take(site, self._opened(content, order))
         except DiskFault:
             raise  # this machine's fault, no site's
         except ArtefactError as error:

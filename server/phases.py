@@ -23,6 +23,7 @@ from common.plan import PayloadSpec, RunPlan, Stage
 from common.precision import pack_down
 from common.recipe import Recipe
 from server.aggregation import AggregationRule, Share, build_rule
+from server.approvals import invite
 from server.collect import Collector, Errand, Take
 from server.outcome import RunOutcome
 from server.planning import FirstAdapters, build_plan, first_adapters
@@ -30,6 +31,7 @@ from server.roll_call import call_the_roll
 from server.rounds import Rounds
 from server.screening import admit_metrics, admit_note, admit_style
 from server.state import Checkpoint, StateStore
+from server.submission import Submission
 from server.training import Training
 from server.witness import HEADS_FILE, Witness
 
@@ -37,8 +39,16 @@ TEACHER_FILE = "teacher/adapter.safetensors"
 INBOX = "inbox"  # below the state's folder: the answers of an open round
 
 
-def run_walk(collector: Collector, recipe: Recipe, run_dir: Path) -> RunOutcome:
+def run_walk(
+    collector: Collector, recipe: Recipe, run_dir: Path, submitted: Submission | None = None
+) -> RunOutcome:
     """Run, or resume where ``run_dir`` holds a checkpoint; the teacher and the outcome are left there.
+
+    Guarantee: of a submitted run nothing is sent to a site whose signed approval of this very plan is not
+    held; nothing at all if the plan is not the one that was submitted.
+
+    Args:
+        submitted: None: whoever is online is asked, as in a simulation.
 
     Raises:
         FederationError: too few sites agreed, answered or were admitted.
@@ -47,7 +57,7 @@ def run_walk(collector: Collector, recipe: Recipe, run_dir: Path) -> RunOutcome:
     """
     shutil.rmtree(run_dir / "state" / INBOX, ignore_errors=True)
     try:
-        walk = Walk(collector, recipe, run_dir)
+        walk = Walk(collector, recipe, run_dir, submitted=submitted)
         walk.train()
         if Stage.evaluate in walk.plan.stages:
             walk.evaluate()
@@ -63,7 +73,12 @@ class Walk:
     """One run under way: the plan, the rules, and what came of it so far."""
 
     def __init__(
-        self, collector: Collector, recipe: Recipe, run_dir: Path, first: FirstAdapters | None = None
+        self,
+        collector: Collector,
+        recipe: Recipe,
+        run_dir: Path,
+        first: FirstAdapters | None = None,
+        submitted: Submission | None = None,
     ) -> None:
         """``first``: what the rounds start from; None: what the recipe's own models say."""
         self.recipe = recipe
@@ -71,8 +86,8 @@ class Walk:
         self.store = StateStore(run_dir / "state")
         saved = self.store.load()
         self.first = first or first_adapters(recipe)
-        run_id = saved.plan.run_id if saved else secrets.token_hex(8)
-        self.plan: RunPlan = build_plan(recipe, run_id, self.first)
+        self.submitted = submitted
+        self.plan = self._planned(saved)
         self.saved = self.store.load_for(self.plan)
         momentum = recipe.privacy.momentum if recipe.privacy.asked else 0.0
         self.rules: dict[Stage, AggregationRule] = {Stage.adapt: build_rule(recipe.aggregation, momentum)}
@@ -98,6 +113,16 @@ class Walk:
             for stage, rule in self.rules.items()
         }
 
+    def _planned(self, saved: Checkpoint | None) -> RunPlan:
+        """The plan, made anew; the one that was submitted, if any was."""
+        job = self.submitted
+        known = job or saved
+        run_id = known.plan.run_id if known else secrets.token_hex(8)
+        plan = build_plan(self.recipe, run_id, self.first, None if job is None else job.terms)
+        if job is not None:
+            job.check(plan)
+        return plan
+
     def train(self) -> None:
         """Every phase of the plan up to the students."""
         self.propose()
@@ -114,7 +139,9 @@ class Walk:
     def propose(self) -> None:
         """Ask every node; those that agree are the run's sites. A resumed run keeps its first sites."""
         before = self.saved.outcome if self.saved else None
-        roll = call_the_roll(self.rounds, self.recipe, before)
+        job = self.submitted
+        invitation = None if job is None else invite(self.rounds.collector, self.recipe, job)
+        roll = call_the_roll(self.rounds, self.recipe, before, invitation)
         self.rounds.nodes = roll.nodes
         if self.saved:
             self.outcome = self.saved.outcome

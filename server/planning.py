@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -16,16 +16,18 @@ from torch import Tensor
 
 from common.adapter import Adapter
 from common.code_digest import code_sha256
+from common.errors import ConfigError
 from common.guard_api import PlanAnswer, SiteMetrics, StudentNote
 from common.names import POOLED_BASELINES, SHIPPED_STUDENTS
 from common.painter_rules import NETWORK_SCOPES, SHARING_SCOPES
-from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant
-from common.precision import pack
+from common.plan import PayloadSpec, RunPlan, Stage, TensorSpec, Variant, start_of
+from common.precision import pack, pack_down
 from common.privacy.heads import HEAD, HEAD_BYTES, HEAD_NUMBERS
 from common.recipe import AggregationConfig, GeneratorScope, Recipe, TeacherConfig
 from common.style import StyleSummary
 from common.tuning.halves import turns
 from common.tuning.presets import rank_of, site_teacher
+from server.aggregation import Share, build_rule
 
 UPDATE_NUMBERS = ["weight", "started_from", "mechanism", "losses"]
 FRAMING = 1.02  # an update is its tensors and at most 2 % around them
@@ -60,6 +62,15 @@ class FirstAdapters:
             tensors |= adapter.tensors  # of two ranks the first rows are the same: the higher one stays
         highest = max(adapter.rank for adapter in self.teachers)
         return replace(self.teachers[0], tensors=dict(sorted(tensors.items())), rank=highest)
+
+
+@dataclass(frozen=True)
+class JobTerms:
+    """What a plan says beside the recipe, where a coordinator submits it: see `RunPlan`."""
+
+    bundle_sha256: str = ""
+    expires: str = ""
+    coordinator_key: str = ""
 
 
 def first_adapters(recipe: Recipe) -> FirstAdapters:
@@ -97,11 +108,14 @@ def model_digests(recipe: Recipe) -> dict[str, str]:
     return models
 
 
-def build_plan(recipe: Recipe, run_id: str, first: FirstAdapters | None = None) -> RunPlan:
+def build_plan(
+    recipe: Recipe, run_id: str, first: FirstAdapters | None = None, terms: JobTerms | None = None
+) -> RunPlan:
     """The whole job as one object with one digest.
 
     Args:
         first: what the rounds start from; None: `first_adapters` of the recipe.
+        terms: of a job that is submitted; None: it has none, as in a simulation.
 
     Raises:
         ArtefactError: a model is not there.
@@ -130,7 +144,29 @@ def build_plan(recipe: Recipe, run_id: str, first: FirstAdapters | None = None) 
         evaluation=recipe.evaluation,
         baselines=[name for name in recipe.baselines if name not in POOLED_BASELINES],
         sites=[site.name for site in recipe.sites],
+        starts=_starts(recipe.aggregation, first, variants),
+        **asdict(terms or JobTerms()),
     )
+
+
+def _starts(aggregation: AggregationConfig, first: FirstAdapters, variants: list[Variant]) -> dict[str, str]:
+    """`RunPlan.starts`: what each rule sends before anything is folded into it."""
+    found = {}
+    parts = [(start_of(Stage.adapt, v), one) for v, one in zip(variants, first.teachers, strict=True)]
+    parts += [
+        (str(stage), one)
+        for stage, one in ((Stage.generator, first.generator), (Stage.shared_student, first.student))
+        if one is not None
+    ]
+    for name, one in parts:
+        rule = build_rule(replace(aggregation, rule="exact_split") if one is first.student else aggregation)
+        whole = first.whole() if name not in (Stage.generator, Stage.shared_student) else one
+        try:
+            rule.start(whole, {name: Share.of(one)})
+        except ConfigError:
+            continue  # a variant that no site of such a mixture can train: the walk says so
+        found[name] = pack_down(rule.adapter_for(name), aggregation.wire_dtype).digest
+    return found
 
 
 def run_stages(recipe: Recipe) -> list[Stage]:

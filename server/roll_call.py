@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from common import wire
@@ -29,17 +30,28 @@ class Roll:
     record: RoundRecord
 
 
-def call_the_roll(rounds: Rounds, recipe: Recipe, before: RunOutcome | None) -> Roll:
-    """Propose the plan to every node that is online.
+@dataclass(frozen=True)
+class Invitation:
+    """The nodes that a run may speak to, by site, and who looks at each answer before it counts."""
+
+    nodes: Mapping[str, int]
+    hear: Callable[[str, PlanAnswer], None]
+
+
+def call_the_roll(
+    rounds: Rounds, recipe: Recipe, before: RunOutcome | None, invitation: Invitation | None = None
+) -> Roll:
+    """Propose the plan to every node that is online, or to those alone that were invited.
 
     Args:
         before: the outcome so far of a resumed run, whose sites alone may take part.
+        invitation: of a run that was submitted; None: whoever is online may answer.
 
     Raises:
         DeadlinePassed: too few nodes came online, or too few answered in time.
         FederationError: too few sites agree.
     """
-    nodes = _online(rounds, recipe)
+    nodes = _online(rounds, recipe) if invitation is None else dict(invitation.nodes)
     answers: dict[str, PlanAnswer] = {}
 
     def write(label: str) -> wire.Content:
@@ -49,6 +61,8 @@ def call_the_roll(rounds: Rounds, recipe: Recipe, before: RunOutcome | None) -> 
         answer = _admitted(wire.decode_answer(content), rounds.plan)
         if rounds.collector.keys is not None and claimed_site(content) != answer.site:
             raise ArtefactError("an answer in the name of a site that did not sign it")
+        if invitation is not None:
+            invitation.hear(label, answer)
         answers[label] = answer
 
     finished = rounds.ask(rounds.errand(Stage.propose, 0, write, take), "proposal", nodes)

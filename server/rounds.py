@@ -8,7 +8,15 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 from common import progress
-from common.errors import BudgetExceeded, DeadlinePassed, FederationError, PolicyRefusal, WardroundError
+from common.errors import (
+    BudgetExceeded,
+    ConsentPending,
+    ConsentRefused,
+    DeadlinePassed,
+    FederationError,
+    PolicyRefusal,
+    WardroundError,
+)
 from common.plan import Round, RunPlan, Stage
 from common.recipe import Recipe
 from server.collect import Collection, Collector, Errand, Take, Write
@@ -149,7 +157,7 @@ class Rounds:
 def _shortage(collection: Collection) -> type[WardroundError]:
     """What too few answers are called: by the one reason that all the others had, if it is one."""
     codes = {rejection.reason.partition(" ")[0] for rejection in collection.rejected}
-    for kind in (BudgetExceeded, PolicyRefusal):
-        if codes == {kind.border_code}:
-            return kind
-    return FederationError
+    refusals = {kind.border_code for kind in (PolicyRefusal, ConsentPending, ConsentRefused)}
+    if codes == {BudgetExceeded.border_code}:
+        return BudgetExceeded
+    return PolicyRefusal if codes and codes <= refusals else FederationError

@@ -7,8 +7,8 @@ weights as one that was never stopped. A state is only ever continued with the p
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from common.changes import changes
 from common.durable import write_atomic
 from common.errors import ArtefactError
 from common.plan import RunPlan
@@ -76,26 +77,20 @@ class StateStore:
         checkpoint = self.load()
         if checkpoint is None or checkpoint.plan.digest == plan.digest:
             return checkpoint
-        faults = list(_differences(_plain(checkpoint.plan), _plain(plan), ""))
-        if len(faults) > SHOWN_DIFFERENCES:
-            faults = [*faults[:SHOWN_DIFFERENCES], f"and {len(faults) - SHOWN_DIFFERENCES} more"]
         raise ArtefactError(
             f"the state in {self.path.parent} belongs to another plan: undo these changes to resume it, "
             "or run into another folder",
-            faults,
+            plan_changes(checkpoint.plan, plan, "in the state"),
         )
 
 
-def _plain(plan: RunPlan) -> Any:
-    return json.loads(json.dumps(asdict(plan)))
-
-
-def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield f"{path}: {_short(old)} in the state, {_short(new)} now"
+def plan_changes(old: RunPlan, new: RunPlan, where: str) -> list[str]:
+    """The first differences in words: the value that ``old``, which lies ``where``, has, and the new one."""
+    found = changes(*(json.loads(plan.to_json()) for plan in (old, new)))
+    faults = [f"{key}: {_short(before)} {where}, {_short(now)} now" for key, before, now in found]
+    if len(faults) > SHOWN_DIFFERENCES:
+        faults = [*faults[:SHOWN_DIFFERENCES], f"and {len(faults) - SHOWN_DIFFERENCES} more"]
+    return faults
 
 
 def _short(value: Any) -> str:

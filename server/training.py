@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common import wire
 from common.adapter import Adapter
-from common.plan import PayloadSpec, RunPlan, Stage
+from common.plan import PayloadSpec, Stage
 from common.precision import pack_down, unpack
 from common.recipe import AggregationConfig
 from server.aggregation import AggregationRule
@@ -22,12 +22,6 @@ from server.settling import settle
 from server.steps import sent_to
 
 TITLES = {Stage.adapt: "teacher", Stage.generator: "generator", Stage.shared_student: "shared student"}
-
-
-def rounds_of(plan: RunPlan, stage: Stage) -> int:
-    """How many rounds of training ``stage`` has."""
-    parts = {Stage.generator: plan.generator.rounds, Stage.shared_student: plan.student.rounds}
-    return parts.get(stage, plan.rounds)
 
 
 @dataclass
@@ -93,7 +87,7 @@ class Training:
             return
         sent = sent_to(self.rule, answers.sites())
         plan = self.rounds.plan
-        settled = settle(answers, self.rule, self._config, sent, progress=index / rounds_of(plan, self.stage))
+        settled = settle(answers, self.rule, self._config, sent, index / plan.rounds_of(self.stage))
         answers.clear()
         collection.sites = settled.taken
         collection.rejected += settled.rejected

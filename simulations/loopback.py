@@ -7,7 +7,7 @@ nothing is shared by reference. The sites work one after another, in the order o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -34,7 +34,8 @@ class LoopbackGrid(Grid):
 
     window = 1  # one site at a time: a message is pushed when its site starts to work on it
 
-    def __init__(self, client: Courier, nodes: int) -> None:
+    def __init__(self, client: Courier, nodes: int, keys: Sequence[str] = ()) -> None:
+        """``keys``: the fingerprints of the nodes' keys, in order, for a run that was submitted."""
         self._client = client
         self._replies: dict[str, bytes] = {}
         self._contexts = {
@@ -48,6 +49,7 @@ class LoopbackGrid(Grid):
             for number in range(nodes)
         }
         self._run = Run.create_empty(run_id=RUN_ID)
+        self.fingerprints = dict(zip(keys, self._contexts, strict=False))
 
     def set_run(self, run: Run) -> None:
         self._run = run
@@ -105,9 +107,9 @@ def run_loopback(run_dir: Path, sites_dir: Path) -> None:
     )
 
 
-def drive(grid: LoopbackGrid, run_dir: Path, sites_dir: Path) -> None:
-    """As `run_loopback`, over ``grid``."""
-    context = Context(RUN_ID, SERVER_NODE_ID, {}, RecordDict(), {})
+def drive(grid: LoopbackGrid, run_dir: Path, sites_dir: Path, mode: str = "run") -> None:
+    """As `run_loopback`, over ``grid``; ``mode`` as `server.app` takes it."""
+    context = Context(RUN_ID, SERVER_NODE_ID, {}, RecordDict(), {"mode": mode})
     with environment({"WARDROUND_RUN": str(run_dir), "WARDROUND_SITES": str(sites_dir)}), task_identity():
         server_app(grid, context)
 

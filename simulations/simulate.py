@@ -24,7 +24,7 @@ from common.privacy.report import write_page
 from common.privacy.report.record import Inquiry
 from common.privacy.witness import read_heads
 from common.privacy_rules import declared_patients, declared_test_patients
-from common.recipe import Engine, Recipe, SiteConfig, SiteFile
+from common.recipe import Consent, Engine, Recipe, SiteConfig, SiteFile
 from server.outcome import RunOutcome
 from server.report import REPORT_JSON, rebuild
 from server.witness import HEADS_FILE
@@ -101,6 +101,7 @@ def prepare_sites(recipe: Recipe, folder: Path) -> list[str]:
             if not manifest.is_file():
                 raise DataError(f"site {name}: {manifest} does not exist; mend sites.{name}.manifest")
         said = SiteFile(name, str(manifest), site.student, site.adapter, site.rank, recipe.policy)
+        said = replace(said, consent=Consent.policy)  # nobody sits at a simulated hospital
         if recipe.privacy.asked:
             trained = declared_patients(site, recipe.cohort)
             said = replace(said, patients=trained, test_patients=declared_test_patients(site))

@@ -178,7 +178,8 @@ def decode_answer(content: Content) -> PlanAnswer:
             raise ArtefactError("a site agrees to a plan and does not say what it will train")
         return replace(answer, code="", field="")
     kept = _safe_refusal(answer.code, answer.field)
-    return PlanAnswer(answer.site, False, answer.plan_sha256, kept.code, kept.field)
+    words = (answer.site, False, answer.plan_sha256, kept.code, kept.field)
+    return PlanAnswer(*words, approval=answer.approval)
 
 
 def encode_numbers(numbers: StyleSummary | StudentNote | SiteMetrics) -> Content:

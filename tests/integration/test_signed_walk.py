@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -45,7 +44,9 @@ def test_what_its_site_did_not_sign_is_never_folded(
     known = {site: public_key(key) for site, key in KEYS.items() if site != "d"}  # d is no member
     sites = SigningSites()
     monkeypatch.setattr("simulations.loopback.client_app", sites)
-    monkeypatch.setattr("server.app.Collector", partial(Collector, keys=known))
+    monkeypatch.setattr(
+        "server.app.Collector", lambda grid, events, window, *_: Collector(grid, events, window, known)
+    )
     monkeypatch.setattr(
         SigningSites,
         "instead",

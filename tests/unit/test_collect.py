@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from flwr.app import ConfigRecord, Error, Message
 
 import server.collect
@@ -21,6 +22,7 @@ from common.errors import ArtefactError, DiskFault
 from common.guard_api import StudentNote
 from common.plan import Round, Stage
 from common.privacy.keys import public_key
+from common.wire.sealed import seal, unseal
 from common.wire.signed import sign_reply
 from server.collect import Collection, Collector, Errand, LiveUpdates
 from server.events import EventLog
@@ -133,6 +135,33 @@ def test_an_answer_that_is_too_large_is_dropped_unread(tmp_path: Path) -> None:
     listed = wire.Content({"body": ConfigRecord({"json": [0.0] * (1 << 18)})})
     case = Case(tmp_path, {1: [large], 2: [note("b")], 3: [listed]})
     assert reasons(case.run()) == {"a": "TOO_LARGE", "c": "TOO_LARGE"}
+
+
+def test_where_answers_are_sealed_no_other_counts_but_a_refusal(tmp_path: Path) -> None:
+    key = X25519PrivateKey.generate()
+    public = key.public_key().public_bytes_raw().hex()
+    script: dict[int, list[object]] = {
+        1: [seal(note("a"), ORDER, public)], 2: [note("b")], 3: [wire.encode_refusal("REFUSED_LOCAL")]
+    }  # fmt: skip
+    case = Case(tmp_path, script, unseal=lambda content, order: unseal(content, order, key))
+    assert reasons(case.run()) == {"b": "an answer that is not sealed", "c": "REFUSED_LOCAL"}
+    assert case.taken == ["a"]
+
+
+def test_what_is_sealed_wrongly_or_too_large_inside_is_dropped_with_the_reason(tmp_path: Path) -> None:
+    key = X25519PrivateKey.generate()
+    public = key.public_key().public_bytes_raw().hex()
+    stranger = X25519PrivateKey.generate().public_key().public_bytes_raw().hex()
+    large = wire.Content({"body": ConfigRecord({"json": "{" * ((1 << 20) + 2000)})})
+    script: dict[int, list[object]] = {
+        1: [seal(note("a"), ORDER, stranger)],
+        2: [seal(note("b"), replace(ORDER, nonce="another"), public)],
+        3: [seal(large, ORDER, public)],
+    }
+    case = Case(tmp_path, script, unseal=lambda content, order: unseal(content, order, key))
+    wrong = "sealed to another key or for another order, or changed on its way"
+    assert reasons(case.run()) == {"a": wrong, "b": wrong, "c": "TOO_LARGE"}
+    assert not case.taken
 
 
 def test_bytes_are_those_of_the_messages(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from common.errors import BudgetExceeded, DeadlinePassed, FederationError, WardroundError
+from common.errors import BudgetExceeded, DeadlinePassed, FederationError, PolicyRefusal, WardroundError
 from common.plan import Stage
 from common.recipe import Recipe
 from server.collect import Collection, Errand
@@ -29,6 +29,9 @@ def finished(reasons: list[str], late: int = 0) -> FinishedRound:
         (["REFUSED_BUDGET", "REFUSED_BUDGET"], 0, BudgetExceeded, 21),
         (["REFUSED_BUDGET", "REFUSED_LOCAL"], 0, FederationError, 30),
         (["REFUSED_LOCAL", "REFUSED_LOCAL"], 0, FederationError, 30),
+        (["REFUSED_CONSENT (stopped)", "PENDING (approval)"], 0, PolicyRefusal, 20),
+        (["REFUSED_CONSENT (stopped)", "SITE_FAILED"], 0, FederationError, 30),
+        ([], 0, FederationError, 30),
         (["DEADLINE", "DEADLINE"], 2, DeadlinePassed, 31),
     ],
 )
