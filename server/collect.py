@@ -241,7 +241,7 @@ class _Loop:
         return self.owner.unseal is not None and self.errand.stage is not Stage.propose
 
     def _arrive(self, site: str, reply: Message, order: Round | None) -> None:
-        most = self.errand.max_bytes if order is None else sealed_most(self.errand.max_bytes)
+        most = sealed_most(self.errand.max_bytes) if self._sealed else self.errand.max_bytes
         if reply.has_content() and is_larger(reply.content, most):
             self._drop(site, TOO_LARGE)
             return
@@ -260,7 +260,7 @@ class _Loop:
 
     def _opened(self, content: wire.Content, order: Round | None) -> wire.Content:
         """What the site said. Raises ``ArtefactError`` if it is not sealed as it should be."""
-        if order is None or self.owner.unseal is None:
+        if not self._sealed or self.owner.unseal is None or order is None:
             return content
         said = self.owner.unseal(content, order)
         if is_larger(said, self.errand.max_bytes):
