@@ -47,7 +47,7 @@ def main(grid: Grid, context: Context) -> None:
     if job is None and (window is None or mode == "ask"):
         raise ConfigError(f"no job was submitted in {run_dir}: wardround consortium submit makes one")
     unseal = None if job is None else job.unseal
-    collector = Collector(grid, EventLog(run_dir / "events.jsonl"), window, unseal)
+    collector = Collector(grid, EventLog(run_dir / "events.jsonl"), window, unseal=unseal)
     if mode == "ask" and job is not None:
         ask_sites(collector, recipe, job)
     else:
