@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from client.app import app as client_app
 from client.guard_process import answering
 from client.site import Site
 from common import wire
-from common.config import save_site
+from common.config import load_recipe, load_site, save_site
 from common.plan import Round, RunPlan, Stage
 from common.privacy.keys import SiteKeys
 from common.recipe import SiteFile
 from server.invited import Invited, write_roster
+from simulations import simulate
+from simulations.loopback import task_identity
 from tests.e2e import walks
+from tests.integration.test_guard_process import GuardedGrid, guards
 
 Door = Callable[[Stage, wire.Content], wire.Content]
 
@@ -104,6 +109,37 @@ def test_a_job_from_its_submission_to_a_stop(hospital: Path, roster: Path) -> No
     assert ok("site", "jobs", hospital).startswith("STOPPED")
     assert ok("site", "stop", hospital, "--undo") == "takes part again\n"
     assert proposed(hospital, first, "7")[1] != "stopped"
+
+
+def test_a_running_guard_hears_an_approval_and_a_stop_at_once(roster: Path, elsewhere: Path) -> None:
+    """In its own process, behind its socket, and never started again in between."""
+    plan = submitted(roster, "run", "generator.scope=none")
+    simulate.prepare_sites(load_recipe("smoke"), elsewhere / "homes")
+    home = elsewhere / "homes" / "east"
+    save_site(replace(load_site(home / "site.yaml"), consent=None), home / "site.yaml")
+    SiteKeys.create(home)
+    (elsewhere / "door").mkdir(mode=0o750)
+    sockets = {"east": elsewhere / "door" / "guard.sock"}
+
+    def told(nonce: str) -> tuple[str, str]:
+        order = Round(plan.digest, Stage.propose, 0, 60.0, nonce)
+        with task_identity():
+            message = wire.request_message(wire.encode_proposal(order, plan), 1000, Stage.propose, 60.0)
+            reply = client_app(message, next(iter(grid._contexts.values()))).content
+        answer = wire.decode_refusal(reply) or wire.decode_answer(reply)
+        return answer.code, answer.field
+
+    with guards({"east": home}, sockets):
+        grid = GuardedGrid(list(sockets.values()))
+        assert told("1") == ("PENDING", "approval")
+        ok("site", "approve", home, plan.digest[:8])
+        assert told("2") == ("", "")
+        ok("site", "stop", home)
+        assert told("3") == ("REFUSED_CONSENT", "stopped")
+        ok("site", "stop", home, "--undo")
+        assert told("4") == ("", "")
+        ok("site", "refuse", home, plan.digest[:8], "--reason", "enough")
+        assert told("5") == ("REFUSED_CONSENT", "refused")
 
 
 def test_the_plan_of_a_job_can_be_taken_out_to_draft_a_policy_for_it(
