@@ -35,6 +35,7 @@ def _run_options(command: _Command) -> _Command:
             click.option("--epsilon", type=float, help="Find the noise for this epsilon instead."),
             click.option("--delta", type=float, default=1e-5, show_default=True),
             click.option("--images", type=int, default=5, show_default=True, help="At most, of a patient."),
+            click.option("--style-epsilon", type=float, help="A noised style summary leaves too, of this."),
         )
     ):
         command = option(command)
@@ -114,8 +115,9 @@ def _settled(options: dict[str, Any], cap: float, history: tuple[Any, ...]) -> t
     patients, batch, epochs = options["patients"], options["batch"], options["epochs"]
     steps = options["steps"] if epochs is None else steps_of(patients, batch, epochs)
     question = Question(
-        patients, batch, options["rounds"], steps, options["delta"], cap, history, options["images"]
-    )
+        patients, batch, options["rounds"], steps, options["delta"], cap, history, options["images"],
+        options["style_epsilon"],
+    )  # fmt: skip
     return question, settle(question, options["noise_multiplier"], options["epsilon"])
 
 
@@ -133,8 +135,8 @@ def curve_command(out: Path, as_json: bool, **options: Any) -> None:
     from common.durable import write_atomic
     from common.privacy.curve import curve_svg
 
-    _, plan = _settled(options, 8.0, ())
-    write_atomic(out, curve_svg(plan).encode())
+    question, plan = _settled(options, 8.0, ())
+    write_atomic(out, curve_svg(plan, question.beside).encode())
     if as_json:
         print_json({"curve": str(out)})
     else:
