@@ -78,8 +78,8 @@ def noised(totals: NDArray[np.int64], plan: PrivacyPlan, source: Randomness) -> 
 def summed(patients: Sequence[Patient], size: int, images: int) -> NDArray[np.int64]:
     """A row a cell (`CELLS`, 11), in ticks: its patients' count, and their distances from its centre.
 
-    Guarantee: one patient more or less moves one row, by a vector of norm `TICKS` at most, whatever the images
-    are; how many patients there are decides nothing else.
+    Guarantee: one patient more or less moves one row, by a vector of norm `TICKS` at most, whatever the
+    images are; how many patients there are decides nothing else.
 
     Args:
         images: of one patient that are looked at, at most.
