@@ -49,7 +49,7 @@ from simulations.privacy_record import privacy_entry
 from tests.integration.test_private_rounds import Killed, opened_files, raiser, receipts
 
 EACH = 2.0
-OPEN = ("generator.scope=style", f"privacy.style_epsilon={EACH}", "student.steps=1")
+OPEN = ("generator.scope=style", f"privacy.style_epsilon={EACH}", "student.steps=1", "generator.keep_dice=0")
 RELEASE = one_release("style", EACH, PlanSettings(DECLARED, 0.5, 2))
 EVENT = RELEASE.event()
 
@@ -134,7 +134,7 @@ def test_the_student_paints_with_it_and_its_note_counts_no_image(home: Path, pla
     note = guard.train_student(order(plan, Stage.student), start(plan), {"east": summary}, None)
     made = json.loads((home / "synthetic" / "provenance.json").read_text())
     images = plan.generator.images
-    assert 1 <= made["images"] <= images
+    assert made["images"] == images, "none is dropped at keep_dice 0"
     assert (note.generated, note.kept, note.dropped_inconsistent) == (images, images, 0)
     assert (note.sha256, note.dropped_copy, note.copy_rate) == ("", None, None)
     assert privacy_entry(guard.site, plan).guarantee
