@@ -139,26 +139,32 @@ def centre_of(cell: int) -> Numbers:
 def summary_of(sums: Numbers, deviation: float, limits: tuple[int, int]) -> StyleSummary:
     """What noised sums (`summed`, in norms of 1) say; it looks at nothing else, so it costs nothing.
 
-    A cell whose noised count is below the least, or below what noise makes of an empty one, is left out; if
-    all are, the fullest is told.
-
     Args:
         deviation: of the noise on a count, patients; 0 for sums without noise.
+    """
+    sizes = told_cells(sums, deviation, limits)
+    total = sum(sizes.values())
+    groups = []
+    for cell, size in sizes.items():
+        away = sums[cell, 1:] / SHARE * REACH / size
+        away *= REACH / max(REACH, float(np.linalg.norm(away)))  # a mean of looks lies no farther off
+        weight = min(1.0, max(0.1, round(size / total, 1)))
+        groups.append(_group(weight, centre_of(cell) + away / WEIGHTS * np.ptp(RANGES, axis=1), cell))
+    return StyleSummary(groups)
+
+
+def told_cells(sums: Numbers, deviation: float, limits: tuple[int, int]) -> dict[int, float]:
+    """The cells that are told of, the fullest first, and the patients that each is taken to have.
+
+    A cell whose noised count is below the least, or below what noise makes of an empty one, is left out; if
+    all are, the fullest is told.
     """
     least, most = limits
     floor = max(float(least), deviation * NormalDist().inv_cdf(1 - FALSE_GROUP / CELLS))
     counts = sums[:, 0] / COUNT
     fullest = [int(cell) for cell in np.argsort(-counts, kind="stable")]
     kept = [cell for cell in fullest if counts[cell] >= floor][:most] or fullest[:1]
-    sizes = {cell: max(float(counts[cell]), floor) for cell in kept}
-    total = sum(sizes.values())
-    groups = []
-    for cell in kept:
-        away = sums[cell, 1:] / SHARE * REACH / sizes[cell]
-        away *= REACH / max(REACH, float(np.linalg.norm(away)))  # a mean of looks lies no farther off
-        weight = min(1.0, max(0.1, round(sizes[cell] / total, 1)))
-        groups.append(_group(weight, centre_of(cell) + away / WEIGHTS * np.ptp(RANGES, axis=1), cell))
-    return StyleSummary(groups)
+    return {cell: max(float(counts[cell]), floor) for cell in kept}
 
 
 def _group(weight: float, look: Numbers, cell: int) -> StyleGroup:
