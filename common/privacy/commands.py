@@ -90,9 +90,13 @@ def _plan_lines(document: dict[str, Any]) -> list[str]:
 
     figure, delta = document["epsilon"]["pld"], document["delta"]
     rates = "   ".join(f"{float(rate):.1%} -> {found:.1%}" for rate, found in document["attacker"].items())
+    styles = document.get("style")
+    beside = ""
+    if styles is not None:
+        beside = f"; a style summary of epsilon {styles['epsilon']:g} by itself is in every figure"
     return [
         f"epsilon {figure:.3f} at delta {delta:g}: {band(figure)} (a convention)",
-        "  unit: patient, one added or removed; batches drawn by Poisson sampling",
+        f"  unit: patient, one added or removed; batches drawn by Poisson sampling{beside}",
         f"  noise multiplier {document['noise_multiplier']:g}, sample rate {document['sample_rate']:g}, "
         f"{document['steps']} steps; noise per coordinate {document['noise_per_coordinate']:g} clips",
         f"  by Renyi accounting {document['epsilon']['rdp']}; replace-one {document['epsilon_replace_one']}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import client.site as site_module
 from client.charges import GAUSSIAN
 from client.egress import Egress, EgressRefusal
 from client.guard import Guard
+from client.policy_draft import draft_for
 from client.publishing import KEPT_STYLE
 from client.site import Site
 from common.canonical import canonical_json, sha256_of
@@ -28,7 +30,10 @@ from common.privacy.events import Event
 from common.privacy.keys import public_key
 from common.privacy.ledger import Ledger
 from common.privacy.plan import PlanSettings, one_release
+from common.privacy.policy import policy_from, sign_policy
 from common.privacy.receipts import ReceiptLine
+from common.privacy.report import write_page
+from common.privacy.report.record import Inquiry
 from common.privacy.verify import Evidence, verify
 from common.style import StyleSummary
 from server.planning import build_plan
@@ -126,6 +131,23 @@ def test_the_runs_epsilon_is_the_training_and_the_style_composed(home: Path, pla
     assert told.epsilon == pytest.approx(epsilon([EVENT], DELTA), abs=2e-6)
     assert by_stage["adapt"].steps == 2, "the style is no step of the training"
     assert faults(home) == []
+    check_page(home, found.epsilon)
+
+
+def check_page(home: Path, joint: float) -> None:
+    """The officer's page says what left, by which mechanism, and counts it."""
+    write_page(home, Inquiry())
+    page = json.loads((home / "privacy.json").read_text())
+    assert page["guarantee"]
+    assert page["budget"]["epsilons"][0]["run"] == pytest.approx(joint, abs=1e-3)
+    [group] = [group for group in page["egress"]["groups"] if group["stage"] == "style"]
+    assert (group["mechanism"], group["protected"]) == ("Gaussian noise on one sum over all patients", True)
+    training, styled = page["budget"]["stages"]
+    assert (training["stage"], styled["stage"]) == ("adapt", "style")
+    assert styled["joint"] == pytest.approx(joint, abs=1e-3)
+    assert 0 < styled["added"] < styled["alone"]
+    steps = [step for step, _ in page["budget"]["by_step"]["booked"]]
+    assert steps == [0, 1, 2, 2], "a style is no noised step"
 
 
 def test_the_student_paints_with_it_and_its_note_counts_no_image(home: Path, plan: RunPlan) -> None:
@@ -297,6 +319,21 @@ def test_a_policy_that_allows_it_lets_it_leave(home: Path, plan: RunPlan) -> Non
     allowed(office)
     style(agreed(home, plan), plan)
     assert verify(read_bundle(home), Evidence(public_key(office.key))).faults == []
+
+
+def test_a_drafted_policy_lets_exactly_this_style_leave(home: Path, plan: RunPlan) -> None:
+    office = Office(home, plan)
+    issued = datetime.now(UTC) - timedelta(days=1)
+    draft, _ = draft_for(Site.open(home), plan, ("M. Ruiz", public_key(office.key)), issued)
+    assert draft["stages"]["style"] == "dp_required"
+    assert draft["max_epsilon_per_run"] == pytest.approx(
+        epsilon([Event(1.5, 0.5, 2), EVENT], DELTA), abs=0.01
+    )
+    sign_policy(policy_from(draft, "draft"), home, office.key)
+    style(agreed(home, plan), plan)
+    dearer = replace(plan, privacy=replace(plan.privacy, style_epsilon=1.2 * EACH))
+    answer = Guard(Site.open(home)).propose(dearer, order(dearer, Stage.propose))
+    assert (answer.agrees, answer.field) == (False, "max_epsilon_per_run")
 
 
 def test_a_run_whose_steps_alone_fit_the_budget_is_refused_for_its_style(home: Path, plan: RunPlan) -> None:
