@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from client.charges import MetricCharge, Reservation, StyleCharge
 from client.consent import asked_of, signed_policy
 from client.dp.dress_rehearsal import installed_code, rehearse
 from client.patients import Patient
@@ -23,10 +23,10 @@ from common.plan import RunPlan, Stage
 from common.privacy.accounting import quick_epsilon
 from common.privacy.audits import REHEARSAL, lately_rehearsed, save_audit
 from common.privacy.budget import Caps, booked_epsilon
-from common.privacy.entries import Context, Entry, EntryType, LedgerBroken, Payload
+from common.privacy.entries import Context, Entry, EntryType, LedgerBroken
 from common.privacy.heads import SignedHead
 from common.privacy.ledger import Ledger, system_clock
-from common.privacy.plan import PlanSettings, PrivacyPlan, calibrate
+from common.privacy.plan import PlanSettings, PrivacyPlan, calibrate, one_release
 from common.privacy.published import PublishedMetrics
 from common.privacy.terms import agree, check_in_force, policy_record
 from common.recipe import PrivacyConfig
@@ -34,15 +34,37 @@ from common.recipe import PrivacyConfig
 MECHANISM = "dp_sgd"  # on receipts and updates: made by noised steps alone
 STAGE = str(Stage.adapt)  # the one whose steps are noised
 MEASURED = str(Stage.evaluate)  # the one whose numbers are
+STYLED = str(Stage.style)  # the one whose sums over all patients are
 
 
 @lru_cache(maxsize=64)
 def privacy_plan(asked: PrivacyConfig, patients: int) -> PrivacyPlan:
     """The noised steps of a whole run at a site that declares ``patients``.
 
+    What epsilon the run has is theirs and the style summary's together, where that is noised.
+
     Raises ``ConfigError`` listing every fault.
     """
-    settings = PlanSettings(
+    settings, styled = _settings(asked, patients), style_plan(asked, patients)
+    if asked.noise_multiplier is not None:
+        return PrivacyPlan.make(settings, asked.noise_multiplier)
+    assert asked.epsilon is not None, "no noise is asked for"
+    return calibrate(settings, asked.epsilon, [] if styled is None else [styled.event()])
+
+
+@lru_cache(maxsize=64)
+def style_plan(asked: PrivacyConfig, patients: int) -> PrivacyPlan | None:
+    """The one noised sum that a site's style summary is made of; None: a style leaves as it is, or none does.
+
+    Raises ``ConfigError`` listing every fault.
+    """
+    if not asked.asked or asked.style_epsilon is None:
+        return None
+    return one_release(STYLED, asked.style_epsilon, _settings(asked, patients))
+
+
+def _settings(asked: PrivacyConfig, patients: int) -> PlanSettings:
+    return PlanSettings(
         patients=patients,
         sample_rate=asked.sample_rate,
         steps=asked.steps + asked.spare_steps,
@@ -51,10 +73,6 @@ def privacy_plan(asked: PrivacyConfig, patients: int) -> PrivacyPlan:
         max_images_per_patient=asked.max_images_per_patient,
         stage=STAGE,
     )
-    if asked.noise_multiplier is not None:
-        return PrivacyPlan.make(settings, asked.noise_multiplier)
-    assert asked.epsilon is not None, "no noise is asked for"
-    return calibrate(settings, asked.epsilon)
 
 
 def published_metrics(plan: RunPlan, site: Site) -> PublishedMetrics | None:
@@ -73,50 +91,6 @@ def published_metrics(plan: RunPlan, site: Site) -> PublishedMetrics | None:
     if site.declared_test < site.policy.min_cell_patients:
         raise PolicyRefusal("fewer test patients are declared than a metric may be of", "min_cell_patients")
     return PublishedMetrics(each, len(plan.data.classes), site.declared_test)
-
-
-@dataclass(frozen=True)
-class MetricCharge:
-    """The numbers of one run, spent from the moment that this exists.
-
-    Attributes:
-        number: of its entry in the ledger.
-        numbers: how many may leave under it.
-        fresh: whether this very call spent them; if not, they were measured before, or lost.
-        epsilon: of the patients who have spent most, these numbers included; None: infinite.
-    """
-
-    ledger: Ledger
-    number: int
-    numbers: int
-    fresh: bool
-    epsilon: float | None
-
-    def commit(self, payload: Payload) -> None:
-        """Record what leaves, before it does, each time that it does."""
-        self.ledger.commit(self.number, [payload], [])
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """One noised step, spent from the moment that this exists.
-
-    Attributes:
-        number: of its entry in the ledger.
-        step: how many steps of the run were reserved before it.
-        terms: of the step.
-        epsilon: of the patients who have spent most, this step included, at ``terms.delta``; None: infinite.
-    """
-
-    ledger: Ledger
-    number: int
-    step: int
-    terms: PrivacyPlan
-    epsilon: float | None
-
-    def commit(self, payloads: Sequence[Payload]) -> None:
-        """Record what leaves, before it does. Raises ``ArtefactError`` for what was committed before."""
-        self.ledger.commit(self.number, payloads, [self.terms.event(1)])
 
 
 class OpenLedger:
@@ -151,6 +125,7 @@ class Account:
     Attributes:
         policy: the site's signed one, if it has one.
         terms: of the plan's noised steps; None: it asks for none.
+        styled: of the site's style summary; None: it leaves without noise, or none does.
         published: what of the plan's metrics leaves with noise; None: none does.
 
     Raises:
@@ -164,6 +139,7 @@ class Account:
         self._opened: Ledger | None = None
         self.policy = signed_policy(site)
         self.terms: PrivacyPlan | None = None
+        self.styled: PrivacyPlan | None = None
         if plan.privacy.asked:
             if site.declared is None:
                 raise PolicyRefusal(
@@ -175,11 +151,19 @@ class Account:
                     "the plan needs more patients than this site declares to train", field="patients"
                 )
             self.terms = privacy_plan(plan.privacy, site.declared)
+            if Stage.style in plan.stages:
+                self.styled = style_plan(plan.privacy, site.declared)
         self.published = published_metrics(plan, site)
 
     @property
     def private(self) -> bool:
         return self.terms is not None
+
+    @property
+    def plans(self) -> dict[str, PrivacyPlan]:
+        """Stage -> its noised releases, each with its event; of the patients who train."""
+        plans = {STAGE: self.terms, STYLED: self.styled}
+        return {stage: plan for stage, plan in plans.items() if plan is not None}
 
     @property
     def opened(self) -> bool:
@@ -207,10 +191,10 @@ class Account:
         if self.policy is not None:
             seen = self._ledger.entries if self.opened else ()
             check_in_force(self.policy, system_clock(), seen)
-            agree(self.policy, asked_of(self._plan, self._site, self.terms, self.published))
+            agree(self.policy, asked_of(self._plan, self._site, self.plans, self.published))
 
     def check_affordable(self) -> None:
-        """Raises ``BudgetExceeded`` if the run's remaining steps would pass the cap on everything."""
+        """Raises ``BudgetExceeded`` if what remains of the run would pass the cap on everything."""
         if self.terms is None or self._caps.total is None:
             return
         if self.forecast() > self._caps.total:
@@ -220,13 +204,15 @@ class Account:
             )
 
     def forecast(self) -> float:
-        """Epsilon of the patients who have spent most, once the run's remaining steps are taken.
+        """Epsilon of the patients who have spent most, once all that remains of the run is paid.
 
         After `check`, of a private plan.
         """
         assert self.terms is not None, "only a private plan spends"
-        ahead = self.terms.event(self.terms.steps - self.taken)
-        spent = quick_epsilon([ahead, *self._ledger.most_used()], self._caps.delta)
+        ahead = [self.terms.event(self.terms.steps - self.taken)]
+        if self.styled is not None and not self._reserved(STYLED):
+            ahead.append(self.styled.event())
+        spent = quick_epsilon([*ahead, *self._ledger.most_used()], self._caps.delta)
         if self.published is not None:  # of other patients, whose past is seen when they are charged
             spent = max(spent, quick_epsilon([self.published.event], self._caps.delta))
         return spent
@@ -269,7 +255,7 @@ class Account:
             seen = [entry.detail for entry in self._entries(EntryType.policy)]
             if not seen or seen[-1]["sha256"] != self.policy.digest:
                 self._ledger.record(EntryType.policy, self._context, policy_record(self.policy))
-        detail: dict[str, Any] = {"plans": {STAGE: self.terms.to_json()}}
+        detail: dict[str, Any] = {"plans": {stage: plan.to_json() for stage, plan in self.plans.items()}}
         if own_process:
             detail["own_process"] = True
         if self.published is not None:
@@ -293,8 +279,7 @@ class Account:
     @property
     def taken(self) -> int:
         """Steps of this run that are reserved, those that a crash lost among them."""
-        own = [entry for entry in self._entries(EntryType.reserve) if self._mine(entry)]
-        return sum(event.count for entry in own for event in entry.listed())
+        return sum(event.count for entry in self._reserved(STAGE) for event in entry.listed())
 
     def reserve(self, patients: Sequence[Patient]) -> Reservation:
         """The next step of the run for all ``patients``, who may each be drawn. After `check`.
@@ -332,6 +317,23 @@ class Account:
         spent = booked_epsilon(self._ledger.epsilon(terms.delta))
         return MetricCharge(self._ledger, number, published.numbers, not own, spent)
 
+    def charge_style(self, patients: Sequence[Patient]) -> StyleCharge:
+        """The style summary of the run, for all ``patients``, before it is computed. Once a run.
+
+        A summary that a crash took before it left is made again under the same charge, of those who paid.
+
+        Raises ``BudgetExceeded`` if one of them would pass a cap.
+        """
+        styled = self.styled
+        assert styled is not None, "only what leaves with noise is charged"
+        own = self._reserved(STYLED)
+        ids = _ids(patients)
+        number = own[0].seq if own else self._ledger.reserve(self._context, STYLED, ids, [styled.event()])
+        left = [e for e in self._entries(EntryType.commit) if e.detail["settles"] == number]
+        sent = left[0].payload[0].sha256 if left else ""
+        charged, spent = self._ledger.charged(number, ids), booked_epsilon(self._ledger.epsilon(styled.delta))
+        return StyleCharge(self._ledger, number, styled, self._context, charged, sent, spent)
+
     def export(self, stage: Stage, patients: Sequence[Patient]) -> None:
         """Book that something of ``patients`` is about to leave without noise; nothing takes it back."""
         self._ledger.declare_unprotected(self._context, str(stage), _ids(patients))
@@ -364,10 +366,15 @@ class Account:
     def _mine(self, entry: Entry) -> bool:
         return entry.run_id == self._plan.run_id
 
+    def _reserved(self, stage: str) -> list[Entry]:
+        """This run's reservations for ``stage``."""
+        return [e for e in self._entries(EntryType.reserve) if self._mine(e) and e.stage == stage]
+
     def _void_lost(self) -> None:
-        for number in self._ledger.open_reservations():
-            if self._mine(self._ledger.entries[number]):
-                self._ledger.void(number, "nothing left under it")
+        still_open = set(self._ledger.open_reservations())
+        for entry in self._reserved(STAGE):
+            if entry.seq in still_open:
+                self._ledger.void(entry.seq, "nothing left under it")
 
 
 def _ids(patients: Sequence[Patient]) -> list[str]:

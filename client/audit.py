@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.account import privacy_plan
+from client.account import STAGE, privacy_plan
 from client.dp.dress_rehearsal import Rehearsal, rehearse
 from client.membership import STUDENT_FILE, Subjects, audit_adapter, audit_student, subjects_of
 from client.site import Site
@@ -96,7 +96,8 @@ def claim_of_run(plan: RunPlan, entries: Sequence[Entry]) -> Claim:
     """
     if not plan.privacy.asked or any(entry.type is EntryType.export for entry in entries):
         return Claim(None, plan.privacy.delta)
-    own = [entry for entry in entries if entry.run_id == plan.run_id and entry.type is EntryType.reserve]
+    booked = (entry for entry in entries if entry.run_id == plan.run_id and entry.type is EntryType.reserve)
+    own = [entry for entry in booked if entry.stage == STAGE]
     return claim_of([event for entry in own for event in entry.listed()], plan.privacy.delta)
 
 

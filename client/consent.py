@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 
 import torch
@@ -35,12 +36,12 @@ def signed_policy(site: Site) -> Policy | None:
 
 
 def asked_of(
-    plan: RunPlan, site: Site, terms: PrivacyPlan | None, published: PublishedMetrics | None = None
+    plan: RunPlan, site: Site, plans: Mapping[str, PrivacyPlan], published: PublishedMetrics | None = None
 ) -> Asked:
     """What ``plan`` wants of ``site``.
 
     Args:
-        terms: of its noised steps, if it has any.
+        plans: stage -> its noised steps, where it has any.
         published: what of its metrics leaves with noise, if anything does.
     """
     runs = [stage for stage in plan.stages if stage is not Stage.propose]
@@ -52,7 +53,7 @@ def asked_of(
         sites=plan.sites,
         runs=[str(stage) for stage in runs],
         sends=[str(stage) for stage in runs if stage not in silent],
-        plans={} if terms is None else {str(Stage.adapt): terms},
+        plans=plans,
         outbound=list(_tensors(plan, site)),
         base_models=sorted(plan.models.values()),
         code=(plan.code_sha256, ""),

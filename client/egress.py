@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from client.account import MECHANISM, Account, MetricCharge, Reservation
+from client.account import MECHANISM, Account
+from client.charges import Charge, Reservation
 from client.dp.trained import refuse_uncovered
 from client.limits import outbound_faults
 from client.patients import Patient
@@ -31,7 +32,6 @@ from common.precision import carried
 from common.privacy.entries import Context, Payload
 from common.privacy.heads import HEAD, SignedHead, without_empty_head
 from common.privacy.ledger import Ledger
-from common.privacy.published import LAPLACE
 from common.privacy.receipts import NO_MECHANISM, PUBLIC, SYNTHETIC
 from common.shared_student import SHARED_STUDENT
 from common.tuning.presets import GENERATOR
@@ -149,7 +149,7 @@ class Egress:
         name: str,
         payload: dict[str, Any],
         of: Sequence[Patient] | None = None,
-        paid: MetricCharge | None = None,
+        paid: Charge | None = None,
     ) -> dict[str, Any]:
         """``payload`` (plain values; None for what is suppressed), checked and on a receipt.
 
@@ -169,7 +169,7 @@ class Egress:
         if self._private and of is None:
             faults.append("the plan asks for privacy, and nobody says whose data this is made of")
         if paid is not None and not faults:
-            faults += _unpaid_faults(payload, paid)
+            faults += paid.faults(payload)
         self._refuse(stage, faults, spec, 0 if faults else _json_bytes(payload))
         if self.account is None or not self.account.private:
             public = of is not None and not of  # nobody's: a word on a plan
@@ -182,7 +182,7 @@ class Egress:
             self._write_numbers(stage, round_index, name, payload, NO_MECHANISM if of else PUBLIC)
             self.account.vouch()
         else:
-            self._write_numbers(stage, round_index, name, payload, LAPLACE, paid.epsilon)
+            self._write_numbers(stage, round_index, name, payload, paid.mechanism, paid.epsilon)
             paid.commit(Payload(name, sha256_of(payload), _json_bytes(payload)))
         return payload
 
@@ -300,21 +300,6 @@ def _privacy_faults(update: AdapterUpdate, noised: Noised | None) -> list[str]:
     if not all(math.isnan(loss) for loss in update.losses):
         return ["losses of patients do not leave a private round"]
     return []
-
-
-def _unpaid_faults(metrics: Mapping[str, Any], paid: MetricCharge) -> list[str]:
-    """What of a table of noised metrics nobody paid for."""
-    cells = metrics["metrics"]
-    faults = []
-    if metrics["counts"] is not None:
-        faults.append("the site's counts are real, and have no noise")
-    if any(cell["ci95"] is not None for cell in cells):
-        faults.append("an interval is of the patients' own values, and has no noise")
-    if any(cell["value"] is not None and cell["noise_scale"] is None for cell in cells):
-        faults.append("a number without noise")
-    if sum(cell["value"] is not None for cell in cells) > paid.numbers:
-        faults.append("more numbers than were paid for")
-    return faults
 
 
 def _tensor_faults(spec: PayloadSpec, update: AdapterUpdate) -> list[str]:

@@ -14,16 +14,19 @@ from typing import Any, TypeVar
 
 import client.measuring as measuring
 import client.rounds as rounds
-from client.account import MECHANISM, Account, MetricCharge, OpenLedger
+from client.account import MECHANISM, Account, OpenLedger
 from client.adaptation import Adaptation
+from client.charges import MetricCharge, StyleCharge
 from client.deadline import Deadline
+from client.dp.randomness import SystemRandomness
 from client.egress import Egress, Noised
 from client.faults import border_answer, keep_notice, keep_refusal
 from client.limits import refuse_inbound
 from client.manifest_rows import read_manifest
+from client.noised_style import noised_style
 from client.patients import Patient, Split, of_split
 from client.pinned_factors import check_named, check_sent
-from client.publishing import keep, kept_metrics, lost_metrics
+from client.publishing import KEPT_STYLE, keep, keep_style, kept_metrics, kept_style, lost_metrics
 from client.site import Site
 from client.steward import Steward
 from client.students import start_of
@@ -38,6 +41,7 @@ from common.plan import Round, RunPlan, Stage, rebuild
 from common.precision import pack, unpack
 from common.privacy.entries import LedgerBroken
 from common.privacy.receipts import NO_MECHANISM
+from common.recipe import GeneratorScope
 from common.style import StyleSummary
 
 _T = TypeVar("_T")
@@ -105,18 +109,22 @@ class Guard:
 
     def style(self, order: Round) -> StyleSummary:
         plan, account = self._heed(order)
-        seed = self.site.draw_seed(plan, "style")
         train = self._labelled(plan)
-        summary = summarise_style(
-            train,
-            plan.data.image_size,
-            plan.generator.style_groups,
-            self.site.policy.min_group_patients,
-            seed,
-            plan.generator.style_detail,
-        )
+        paid: StyleCharge | None = None
+        if account.styled is not None:
+            summary, paid = self._noised_style(plan, account, train)
+            train = []
+        else:
+            summary = summarise_style(
+                train,
+                plan.data.image_size,
+                plan.generator.style_groups,
+                self.site.policy.min_group_patients,
+                self.site.draw_seed(plan, "style"),
+                plan.generator.style_detail,
+            )
         egress = self._egress(plan, account)
-        egress.release_numbers(order.stage, order.index, "style", asdict(summary), of=train)
+        egress.release_numbers(order.stage, order.index, "style", asdict(summary), of=train, paid=paid)
         return summary
 
     def train_generator(self, order: Round, adapter: Adapter) -> AdapterUpdate:
@@ -147,8 +155,8 @@ class Guard:
         train, deadline = of_split(self._patients(plan), Split.train), Deadline(order.deadline_s)
         painted, common = (None if one is None else unpack(one) for one in (generator, student))
         note = Workshop(self.site, plan, unpack(adapter), styles, painted, train, deadline, common).run()
-        if plan.privacy.covered:  # the rest of the note is of the architecture, or counts no image
-            note, train = replace(note, sha256=""), []
+        if plan.privacy.covered:
+            note, train = public_note(note, plan), []
         egress = self._egress(plan, account)
         about = (order.stage, order.index, "note")
         return _as_sent(StudentNote, egress.release_numbers(*about, asdict(note), of=train))
@@ -271,6 +279,25 @@ class Guard:
         )
         return SiteMetrics(self.site.name, count_patients(everyone), metrics)
 
+    def _noised_style(
+        self, plan: RunPlan, account: Account, train: Sequence[Patient]
+    ) -> tuple[StyleSummary, StyleCharge]:
+        """The summary of the run, booked before it is computed, and the same one whatever is asked again.
+
+        Raises ``DataError``: the one that left is lost, and another is not made.
+        """
+        paid = account.charge_style(train)
+        kept = kept_style(self.site.folder, plan)
+        if kept is not None:
+            return kept, paid
+        if paid.sent:
+            raise DataError(f"{KEPT_STYLE} is gone: put it back, for what has left is not made anew")
+        payers = [patient for patient in train if patient.id in paid.charged]
+        limits = self.site.policy.min_group_patients, plan.generator.style_groups
+        style = noised_style(payers, plan.data.image_size, paid.terms, limits, SystemRandomness())
+        keep_style(self.site.folder, plan, style)
+        return style, paid
+
     def _noised_metrics(
         self, plan: RunPlan, adapter: Adapter, account: Account, everyone: Sequence[Patient]
     ) -> tuple[SiteMetrics, MetricCharge]:
@@ -300,6 +327,16 @@ class Guard:
             mechanism=MECHANISM if made.guaranteed else NO_MECHANISM,
         )
         return update, Noised(reservation, frozenset(made.step.tensors))
+
+
+def public_note(note: StudentNote, plan: RunPlan) -> StudentNote:
+    """What of ``note`` no patient changes: the architecture and its times, and how many images are painted.
+
+    Which of them were kept may depend on patients: all count as kept, as withheld copies do.
+    """
+    painted = 0 if plan.generator.scope is GeneratorScope.none else plan.generator.images
+    told = {"generated": painted, "kept": painted, "dropped_inconsistent": 0}
+    return replace(note, sha256="", dropped_copy=None, copy_rate=None, **told)
 
 
 def _as_sent(kind: type[_T], released: dict[str, Any]) -> _T:

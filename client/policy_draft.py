@@ -13,12 +13,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from client.account import privacy_plan, published_metrics
+from client.account import STAGE, STYLED, privacy_plan, published_metrics, style_plan
 from client.consent import asked_of
 from client.private_adaptation import learning_rate
 from client.site import Site
 from common.errors import ArtefactError, ConfigError
-from common.plan import RunPlan
+from common.plan import RunPlan, Stage
 from common.privacy.plan import PrivacyPlan
 from common.privacy.policy import PayloadRule, StageRule, template
 from common.privacy.terms import Asked, joint_epsilon
@@ -28,7 +28,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 NOISE_TAIL = 6.0
 LENGTH_ROOM = 1.01
 CURES = {
-    "style": "take generator.scope=none",
+    "style": "take generator.scope=none, or privacy.style_epsilon",
     "generator": "take generator.scope=none",
     "shared_student": "take student.scope=local",
     "student": "take privacy.release_metrics=false, or privacy.metric_epsilon",
@@ -63,14 +63,18 @@ def draft_for(
         why = "asks for no noise" if not plan.privacy.asked else "needs patients in site.yaml"
         raise ConfigError(f"a policy lets nothing leave without noise, and this plan {why}")
     terms, published = privacy_plan(plan.privacy, site.declared), published_metrics(plan, site)
-    asked = asked_of(plan, site, terms, published)
+    plans = {STAGE: terms}
+    styled = style_plan(plan.privacy, site.declared) if Stage.style in plan.stages else None
+    if styled is not None:
+        plans[STYLED] = styled
+    asked = asked_of(plan, site, plans, published)
     _refuse_bare(asked)
     usual = template(site.name, *officer, issued)
     draft = usual | {
         "delta": terms.delta,
         "max_epsilon_per_run": _upwards(joint_epsilon(asked, terms.delta, usual["discretisation"])),
         "max_images_per_unit": terms.max_images_per_patient,
-        "min_noise_multiplier": terms.noise_multiplier,
+        "min_noise_multiplier": min(one.noise_multiplier for one in plans.values()),
         "min_patients": min(usual["min_patients"], terms.patients),
         "stages": usual["stages"] | {stage: _rule(asked, stage) for stage in asked.runs},
         "payload": usual["payload"] | _payload(usual["payload"], asked, plan, terms),

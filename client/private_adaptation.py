@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.account import Reservation
+from client.charges import Reservation
 from client.dp.bench import Bench
 from client.dp.mechanism import Execution, PrivateGradient
 from client.dp.randomness import Randomness, SystemRandomness

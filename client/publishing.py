@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,10 +26,14 @@ from common.guard_api import Metric, SiteMetrics
 from common.metrics import FloatArray
 from common.plan import RunPlan, rebuild
 from common.privacy.published import PublishedMetrics
+from common.style import StyleSummary
+
+_T = TypeVar("_T")
 
 TEACHER = "teacher"
 TICKS = 4096  # steps of a patient's Dice between 0 and 1
 KEPT = "published.json"  # in the site's folder: what has left, and leaves again word for word
+KEPT_STYLE = "published-style.json"
 LOST = "measured and paid for once, and lost before it left"
 
 
@@ -66,17 +71,33 @@ def lost_metrics(site: str, plan: RunPlan, published: PublishedMetrics) -> SiteM
 
 def keep(folder: Path, plan: RunPlan, metrics: SiteMetrics) -> None:
     """Write ``metrics`` down before they leave, so that an order that comes twice has one answer."""
-    kept = {"plan_sha256": plan.digest, "metrics": asdict(metrics)}
-    write_atomic(folder / KEPT, canonical_json(kept).encode())
+    _keep(folder / KEPT, plan, metrics)
 
 
 def kept_metrics(folder: Path, plan: RunPlan) -> SiteMetrics | None:
     """What `keep` wrote for this very plan; None: nothing."""
-    path = folder / KEPT
+    return _kept(folder / KEPT, plan, SiteMetrics)
+
+
+def keep_style(folder: Path, plan: RunPlan, style: StyleSummary) -> None:
+    """The same for the site's noised style."""
+    _keep(folder / KEPT_STYLE, plan, style)
+
+
+def kept_style(folder: Path, plan: RunPlan) -> StyleSummary | None:
+    """What `keep_style` wrote for this very plan; None: nothing."""
+    return _kept(folder / KEPT_STYLE, plan, StyleSummary)
+
+
+def _keep(path: Path, plan: RunPlan, published: SiteMetrics | StyleSummary) -> None:
+    write_atomic(path, canonical_json({"plan_sha256": plan.digest, "kept": asdict(published)}).encode())
+
+
+def _kept(path: Path, plan: RunPlan, kind: type[_T]) -> _T | None:
     if not path.exists():
         return None
     found = json.loads(path.read_text())
     if found["plan_sha256"] != plan.digest:
         return None
-    metrics: SiteMetrics = rebuild(SiteMetrics, found["metrics"])
-    return metrics
+    kept: _T = rebuild(kind, found["kept"])
+    return kept

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from client.account import Reservation
 from client.adaptation import Adaptation, Visit, adapt
+from client.charges import Reservation
 from client.deadline import Deadline
 from client.federated_student import NormKeeper, read_weights, shared_student, train_round
 from client.fitting import ends

@@ -64,7 +64,8 @@ class StudentNote:
     """What a site says of its student: never the student itself.
 
     ``dropped_copy``: synthetic images taken out because they are like a patient's, and ``copy_rate`` their
-    share; None where no test ran, or the site withholds it: ``kept`` then counts them too.
+    share; None where no test ran, or the site withholds it: ``kept`` then counts them too. Of a site whose
+    every word about patients is noised, ``generated`` is the plan's number, and all of them count as kept.
     """
 
     site: str

@@ -12,12 +12,21 @@ from collections.abc import Iterator
 from common import public_factors
 from common.names import PERSONAL_RULES, PINNED_A_RULES
 from common.privacy.published import CLEAR_SCALE, PublishedMetrics
-from common.recipe import CohortConfig, DecoderTraining, GeneratorScope, PrivacyConfig, Recipe, SiteConfig
+from common.recipe import (
+    CohortConfig,
+    DecoderTraining,
+    GeneratorScope,
+    PrivacyConfig,
+    Recipe,
+    SiteConfig,
+    StyleDetail,
+)
 from common.schema_check import Fault
 from common.tuning.presets import rank_of
 
 B_ALONE_PRESETS = ("dp",)
 PRIVATE_PRESETS = ("decoder", *B_ALONE_PRESETS)  # nothing of the encoder, or the factor B alone
+STYLED_SCOPES = (GeneratorScope.style, GeneratorScope.recolour, GeneratorScope.paint)  # no network leaves
 OWN_TEACHERS = ("local_teacher", "no_federation")  # baselines that train a teacher of the site's own
 
 
@@ -105,12 +114,16 @@ def _stage_faults(recipe: Recipe) -> Iterator[Fault]:
     scope = recipe.generator.scope
     if scope is GeneratorScope.federated:
         yield Fault("generator.scope", "federated sends a generator without noise", "take none")
-    if recipe.privacy.withheld and scope is not GeneratorScope.none:
+    noised = scope in STYLED_SCOPES and recipe.privacy.style_epsilon is not None
+    free = scope is GeneratorScope.none or noised
+    fix = "take none, or set privacy.style_epsilon" if scope in STYLED_SCOPES else "take none"
+    if recipe.privacy.withheld and not free:
         what = f"with scope {scope} more leaves than the noised steps, and release_metrics is false"
-        yield Fault("generator.scope", what, "take none, or leave privacy.release_metrics true")
-    elif recipe.privacy.covered and scope is not GeneratorScope.none:
+        yield Fault("generator.scope", what, f"{fix}, or leave privacy.release_metrics true")
+    elif recipe.privacy.covered and not free:
         what = f"with scope {scope} something leaves without noise, so noised metrics guarantee nothing"
-        yield Fault("generator.scope", what, "take none, or leave privacy.metric_epsilon out")
+        yield Fault("generator.scope", what, f"{fix}, or leave privacy.metric_epsilon out")
+    yield from _style_faults(recipe)
     if recipe.privacy.withheld and recipe.privacy.metric_epsilon is not None:
         what = "no metric leaves while privacy.release_metrics is false"
         yield Fault("privacy.metric_epsilon", what, "leave it out, or leave release_metrics true")
@@ -118,6 +131,23 @@ def _stage_faults(recipe: Recipe) -> Iterator[Fault]:
         if name in OWN_TEACHERS:
             what = f"{name} trains a teacher through run.rounds, which a private run has not"
             yield Fault(f"baselines[{index}]", what, "leave it out")
+
+
+def _style_faults(recipe: Recipe) -> Iterator[Fault]:
+    """A noised style: where styles are shared, of the numbers that have public ranges, within the budget."""
+    each, scope = recipe.privacy.style_epsilon, recipe.generator.scope
+    if each is None:
+        return
+    if scope not in STYLED_SCOPES:
+        what = f"with scope {scope} no style is shared, or a generator leaves beside it"
+        fix = f"take generator.scope of {', '.join(STYLED_SCOPES)}, or leave it out"
+        yield Fault("privacy.style_epsilon", what, fix)
+    if recipe.generator.style_detail is not StyleDetail.colour:
+        what = "only the numbers of style_detail colour are noised"
+        yield Fault("generator.style_detail", what, "take colour")
+    if recipe.privacy.epsilon is not None and each >= recipe.privacy.epsilon:
+        what = f"{each:g} leaves nothing of privacy.epsilon {recipe.privacy.epsilon:g} to the training"
+        yield Fault("privacy.style_epsilon", what, "take a quarter of that or less")
 
 
 def _site_faults(recipe: Recipe) -> Iterator[Fault]:

@@ -302,6 +302,7 @@ class PrivacyConfig:
     momentum: float = 0.9  # of the server, on the mean step
     release_metrics: bool = True  # false: nothing that is measured on patients leaves
     metric_epsilon: float | None = None  # of each number that does, which is then noised; None: as it is
+    style_epsilon: float | None = None  # of a site's style summary alone, then noised; None: as it is
 
     @property
     def asked(self) -> bool:

@@ -137,6 +137,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "learning_rate": Range(0, 1e6, open_low=True),
         "momentum": Range(0, 1, open_high=True),
         "metric_epsilon": UP_TO_1000,
+        "style_epsilon": UP_TO_1000,
     },
     schema.EvaluationConfig: {
         "nsd_tolerance": POSITIVE,

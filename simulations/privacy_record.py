@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from client.account import MECHANISM
+from client.charges import GAUSSIAN
 from client.egress import RECEIPTS
 from client.site import Site
 from common.plan import RunPlan, Stage
@@ -16,8 +18,6 @@ from common.privacy.plan import PrivacyPlan
 from common.privacy.published import LAPLACE
 from common.privacy.receipts import NO_MECHANISM, PUBLIC, read_receipts
 from server.report.schema import PrivacyEntry, PrivacyStage
-
-BOOKED = (EntryType.reserve, EntryType.metric)
 
 
 def privacy_entry(site: Site, plan: RunPlan) -> PrivacyEntry:
@@ -33,8 +33,8 @@ def privacy_entry(site: Site, plan: RunPlan) -> PrivacyEntry:
         return PrivacyEntry(stages=[PrivacyStage(str(stage), NO_MECHANISM) for stage in plan.stages])
     entries = read_lines((site.folder / LEDGER).read_bytes())
     own = [entry for entry in entries if entry.run_id == plan.run_id]
-    planned = next(_plan_of(entry) for entry in own if entry.type is EntryType.plan)
-    spent = {kind: [event for one in own if one.type is kind for event in one.listed()] for kind in BOOKED}
+    plans = _plans_of(next(entry for entry in own if entry.type is EntryType.plan))
+    planned = plans[str(Stage.adapt)]
     # Epsilon of the run alone is of no use to a patient who was in a release without noise.
     bounded = bool(entries) and not any(entry.type is EntryType.export for entry in entries)
     receipts = read_receipts((site.folder / RECEIPTS).read_bytes())
@@ -47,33 +47,37 @@ def privacy_entry(site: Site, plan: RunPlan) -> PrivacyEntry:
         delta=planned.delta if guarantee else None,
         neighbouring=str(Neighbouring.add_remove),
         sampling=str(planned.sampling),
-        stages=[_stage(stage, plan, planned, spent) for stage in plan.stages],
+        stages=[_stage(stage, plan, plans, own) for stage in plan.stages],
         ledger_head=entries[-1].hash,
     )
 
 
-def _plan_of(entry: Entry) -> PrivacyPlan:
-    return PrivacyPlan.from_json(entry.detail["plans"][str(Stage.adapt)])
+def _plans_of(entry: Entry) -> dict[str, PrivacyPlan]:
+    """Stage -> its noised releases."""
+    return {stage: PrivacyPlan.from_json(value) for stage, value in entry.detail["plans"].items()}
 
 
 def _stage(
-    stage: Stage, plan: RunPlan, planned: PrivacyPlan, spent: dict[EntryType, list[Event]]
+    stage: Stage, plan: RunPlan, plans: Mapping[str, PrivacyPlan], own: Sequence[Entry]
 ) -> PrivacyStage:
-    each = plan.privacy.metric_epsilon
-    if stage is Stage.adapt:
-        noise, rate, events = planned.noise_multiplier, planned.sample_rate, spent[EntryType.reserve]
+    """What ``stage`` spent, by the entries of the run that are its own."""
+    each, delta = plan.privacy.metric_epsilon, plans[str(Stage.adapt)].delta
+    if stage in plans:
+        kind = MECHANISM if stage is Stage.adapt else GAUSSIAN
+        noise, rate = plans[stage].noise_multiplier, plans[stage].sample_rate
     elif stage is Stage.evaluate and each is not None:
-        noise, rate, events = 1 / each, 1.0, spent[EntryType.metric]
+        kind, noise, rate = LAPLACE, 1 / each, 1.0
     else:
         public = stage is Stage.propose or (stage is Stage.student and plan.privacy.covered)
         return PrivacyStage(str(stage), PUBLIC if public else NO_MECHANISM)
+    events = [event for entry in own if entry.stage == stage for event in entry.spent()]
     return PrivacyStage(
         stage=str(stage),
-        mechanism="dp_sgd" if stage is Stage.adapt else LAPLACE,
+        mechanism=kind,
         noise_multiplier=noise,
         sample_rate=rate,
         steps=sum(event.count for event in events),
-        epsilon=_epsilon(events, planned.delta),
+        epsilon=_epsilon(events, delta),
     )
 
 

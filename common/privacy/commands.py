@@ -35,6 +35,7 @@ def _run_options(command: _Command) -> _Command:
             click.option("--epsilon", type=float, help="Find the noise for this epsilon instead."),
             click.option("--delta", type=float, default=1e-5, show_default=True),
             click.option("--images", type=int, default=5, show_default=True, help="At most, of a patient."),
+            click.option("--style-epsilon", type=float, help="A noised style summary leaves too, of this."),
         )
     ):
         command = option(command)
@@ -89,9 +90,13 @@ def _plan_lines(document: dict[str, Any]) -> list[str]:
 
     figure, delta = document["epsilon"]["pld"], document["delta"]
     rates = "   ".join(f"{float(rate):.1%} -> {found:.1%}" for rate, found in document["attacker"].items())
+    styles = document.get("style")
+    beside = ""
+    if styles is not None:
+        beside = f"; a style summary of epsilon {styles['epsilon']:g} by itself is in every figure"
     return [
         f"epsilon {figure:.3f} at delta {delta:g}: {band(figure)} (a convention)",
-        "  unit: patient, one added or removed; batches drawn by Poisson sampling",
+        f"  unit: patient, one added or removed; batches drawn by Poisson sampling{beside}",
         f"  noise multiplier {document['noise_multiplier']:g}, sample rate {document['sample_rate']:g}, "
         f"{document['steps']} steps; noise per coordinate {document['noise_per_coordinate']:g} clips",
         f"  by Renyi accounting {document['epsilon']['rdp']}; replace-one {document['epsilon_replace_one']}",
@@ -114,8 +119,9 @@ def _settled(options: dict[str, Any], cap: float, history: tuple[Any, ...]) -> t
     patients, batch, epochs = options["patients"], options["batch"], options["epochs"]
     steps = options["steps"] if epochs is None else steps_of(patients, batch, epochs)
     question = Question(
-        patients, batch, options["rounds"], steps, options["delta"], cap, history, options["images"]
-    )
+        patients, batch, options["rounds"], steps, options["delta"], cap, history, options["images"],
+        options["style_epsilon"],
+    )  # fmt: skip
     return question, settle(question, options["noise_multiplier"], options["epsilon"])
 
 
@@ -133,8 +139,8 @@ def curve_command(out: Path, as_json: bool, **options: Any) -> None:
     from common.durable import write_atomic
     from common.privacy.curve import curve_svg
 
-    _, plan = _settled(options, 8.0, ())
-    write_atomic(out, curve_svg(plan).encode())
+    question, plan = _settled(options, 8.0, ())
+    write_atomic(out, curve_svg(plan, question.beside).encode())
     if as_json:
         print_json({"curve": str(out)})
     else:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from common.privacy.accounting import epsilon
 from common.privacy.attacker import crude_rate, true_positive_rates
+from common.privacy.events import Event
 from common.privacy.plan import PrivacyPlan
 
 RATES = tuple(10 ** (-3 + 3 * index / 60) for index in range(61))  # false-positive rates, 0.001 to 1
@@ -14,12 +15,16 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _SIDE = 560, 420, 62, 46, 340
 _Line = tuple[str, str, str, Sequence[float]]
 
 
-def curve_svg(plan: PrivacyPlan) -> str:
-    """A whole SVG document; equal plans give equal text. False positives on a logarithmic axis."""
-    event, delta = plan.event(), plan.delta
-    figure = epsilon([event], delta)
+def curve_svg(plan: PrivacyPlan, beside: Sequence[Event] = ()) -> str:
+    """A whole SVG document; equal plans give equal text. False positives on a logarithmic axis.
+
+    Args:
+        beside: what else the run releases of these patients.
+    """
+    run, delta = [plan.event(), *beside], plan.delta
+    figure = epsilon(run, delta)
     lines: list[_Line] = [
-        ("this run", "#1b6ca8", "none", true_positive_rates([event], RATES)),
+        ("this run", "#1b6ca8", "none", true_positive_rates(run, RATES)),
         ("(epsilon, delta) alone", "#a85a1b", "7 3", [crude_rate(figure, delta, rate) for rate in RATES]),
         ("guessing", "#666666", "2 3", RATES),
     ]

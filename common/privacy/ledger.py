@@ -193,6 +193,14 @@ class Ledger:
             reserved = self._open_reservation(reservation)
             return self._settle(EntryType.void_counted, reserved, {"detail": {"reason": reason}}, ())
 
+    def charged(self, seq: int, patients: Iterable[str]) -> frozenset[str]:
+        """Those of ``patients`` whom entry ``seq`` has charged, as the ledger knows them now."""
+        return frozenset(
+            patient
+            for patient in patients
+            if (name := self._members.class_of(patient)) and seq in self.histories.classes[name].shares
+        )
+
     def open_reservations(self) -> list[int]:
         """Reservations that neither left nor were given up: those of a crash. They count."""
         closed = settled(self.entries)

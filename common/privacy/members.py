@@ -61,6 +61,10 @@ class Members:
             )
         return sorted(found)
 
+    def class_of(self, patient: str) -> str:
+        """The class that ``patient`` is in; empty: the ledger has not named the patient."""
+        return self._classes.get(self._person(patient), "")
+
     def split(self, persons: Sequence[str], sizes: dict[str, int]) -> tuple[Cohort, Moves]:
         """The classes that exactly ``persons`` make up, new ones where an old class is only partly in.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import InitVar, asdict, dataclass, fields
+from dataclasses import InitVar, asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -187,6 +187,15 @@ def calibrate(settings: PlanSettings, target_epsilon: float, history: Sequence[E
     while plan.epsilon(history) > target_epsilon:  # the last digit of the two grids
         plan = PrivacyPlan.make(settings, round(plan.noise_multiplier + 1e-4, 4))
     return plan
+
+
+def one_release(stage: str, target_epsilon: float, settings: PlanSettings) -> PrivacyPlan:
+    """One noised sum over every patient of ``settings``: whose shares have norm 1 at most, nobody drawn.
+
+    Its noise is the least that keeps the release alone at ``target_epsilon``. Raises ``ConfigError``.
+    """
+    single = replace(settings, stage=stage, sample_rate=1.0, steps=1, max_grad_norm=1.0)
+    return calibrate(single, target_epsilon)
 
 
 def _least(curve: Callable[[float], float], target: float, start: float) -> float:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from common.errors import ConfigError
+from common.plan import Stage
 from common.privacy.accounting import (
     COARSE_INTERVAL,
     Neighbouring,
@@ -23,7 +25,7 @@ from common.privacy.accounting import (
 )
 from common.privacy.attacker import FALSE_POSITIVE_RATES, true_positive_rates
 from common.privacy.events import Event
-from common.privacy.plan import PlanSettings, PrivacyPlan, calibrate
+from common.privacy.plan import PlanSettings, PrivacyPlan, calibrate, one_release
 from common.privacy.prv import prv_epsilon
 
 BANDS = (
@@ -43,7 +45,10 @@ MAX_TABLE_EPSILON = 100.0
 
 @dataclass(frozen=True)
 class Question:
-    """A run as it is asked about. ``cap``: most that a patient may have spent after it, history included."""
+    """A run as it is asked about. ``cap``: most that a patient may have spent after it, history included.
+
+    ``style_epsilon``: of a style summary that leaves with noise once a run, by itself; None: none does.
+    """
 
     patients: int
     batch: int
@@ -53,6 +58,7 @@ class Question:
     cap: float = 8.0
     history: tuple[Event, ...] = ()
     images_per_patient: int = 5
+    style_epsilon: float | None = None
 
     def settings(self) -> PlanSettings:
         return PlanSettings(
@@ -62,6 +68,18 @@ class Question:
             self.delta,
             max_images_per_patient=self.images_per_patient,
         )
+
+    @cached_property
+    def beside(self) -> tuple[Event, ...]:
+        """What else the run releases of the patients who train. Raises ``ConfigError``."""
+        if self.style_epsilon is None:
+            return ()
+        return (one_release(str(Stage.style), self.style_epsilon, self.settings()).event(),)
+
+    @property
+    def before(self) -> tuple[Event, ...]:
+        """All that is spent beside the noised steps."""
+        return (*self.history, *self.beside)
 
     def faults(self) -> list[str]:
         checks = [
@@ -91,29 +109,32 @@ def settle(question: Question, noise_multiplier: float | None, target_epsilon: f
         return PrivacyPlan.make(question.settings(), noise_multiplier)
     if target_epsilon is None:
         raise ConfigError("give --noise-multiplier or --epsilon")
-    return calibrate(question.settings(), target_epsilon)
+    return calibrate(question.settings(), target_epsilon, question.beside)
 
 
 def plan_document(question: Question, plan: PrivacyPlan, with_prv: bool = True) -> dict[str, Any]:
-    """The plan with everything beside it, as the contract names it. None: no guarantee, or not known."""
-    event, delta = plan.event(), plan.delta
-    total = epsilon([event, *question.history], delta)
-    rates = true_positive_rates([event])
+    """The plan with everything beside it, as the contract names it. None: no guarantee, or not known.
+
+    Every figure but ``epsilon_total_after``, which has the history too, is of the whole run.
+    """
+    run, delta, images = [plan.event(), *question.beside], plan.delta, plan.max_images_per_patient
+    by_image = [image_level(event, images) for event in run]
+    total = epsilon([*run, *question.history], delta)
+    rates = true_positive_rates(run)
+    styles = [{"epsilon": question.style_epsilon, "noise_multiplier": e.noise_multiplier} for e in run[1:]]
     return {
         "noise_multiplier": plan.noise_multiplier,
         "sample_rate": plan.sample_rate,
         "steps": plan.steps,
         "delta": delta,
         "epsilon": {
-            "pld": _shown(epsilon([event], delta)),
-            "prv": _shown(prv_epsilon([event], delta)[0] if with_prv else None),
-            "rdp": _shown(rdp_epsilon([event], delta)),
+            "pld": _shown(epsilon(run, delta)),
+            "prv": _shown(prv_epsilon(run, delta)[0] if with_prv else None),
+            "rdp": _shown(rdp_epsilon(run, delta)),
         },
-        "epsilon_replace_one": _shown(epsilon([event], delta, Neighbouring.replace_one)),
-        "epsilon_if_shuffled": _shown(epsilon([shuffled(event)], delta)),
-        "epsilon_if_image_level": _shown(
-            epsilon([image_level(event, plan.max_images_per_patient)], delta, interval=COARSE_INTERVAL)
-        ),
+        "epsilon_replace_one": _shown(epsilon(run, delta, Neighbouring.replace_one)),
+        "epsilon_if_shuffled": _shown(epsilon(map(shuffled, run), delta)),
+        "epsilon_if_image_level": _shown(epsilon(by_image, delta, interval=COARSE_INTERVAL)),
         "attacker": {
             f"{rate:g}": round(found, 6) for rate, found in zip(FALSE_POSITIVE_RATES, rates, strict=True)
         },
@@ -121,6 +142,7 @@ def plan_document(question: Question, plan: PrivacyPlan, with_prv: bool = True) 
         "epsilon_total_after": _shown(total),
         "cheapest_change": cheapest_change(question, plan, total),
         "verdict": verdict(question, total),
+        **({"style": styles[0]} if styles else {}),
     }
 
 
@@ -139,7 +161,7 @@ def band(epsilon_value: float) -> str:
 
 def cheapest_change(question: Question, plan: PrivacyPlan, total: float) -> str:
     """The smaller factor, on the noise or on the rounds, that reaches the cap or the next better band."""
-    history = list(question.history)
+    history = list(question.before)
     goal = question.cap if total > question.cap else next((b for b, _ in reversed(BANDS) if b < total), None)
     if goal is None:
         return "none needed"
@@ -167,9 +189,9 @@ def noise_table(question: Question) -> list[list[Any]]:
             if rdp is not None and rdp > MAX_TABLE_EPSILON:
                 found.append([sigma, count, math.inf, math.inf, 1.0, sigma / question.batch, "OVER"])
                 continue
-            run = quick_epsilon([event], question.delta)
-            total = quick_epsilon([event, *question.history], question.delta)
-            rate = true_positive_rates([event], (0.01,))[0]
+            run = quick_epsilon([event, *question.beside], question.delta)
+            total = quick_epsilon([event, *question.before], question.delta)
+            rate = true_positive_rates([event, *question.beside], (0.01,))[0]
             outcome = verdict(question, total)
             found.append([sigma, count, run, total, rate, sigma / question.batch, outcome])
     return found
@@ -179,7 +201,8 @@ def warnings(question: Question, plan: PrivacyPlan) -> list[str]:
     """What the officer should know before the run, in sentences."""
     found = []
     needed = next(
-        (patients for limit, patients in reversed(ENOUGH_PATIENTS) if plan.epsilon() <= limit), None
+        (patients for limit, patients in reversed(ENOUGH_PATIENTS) if plan.epsilon(question.beside) <= limit),
+        None,
     )
     if needed is not None and plan.patients < needed:
         found.append(
@@ -203,7 +226,7 @@ def _most_rounds(question: Question, plan: PrivacyPlan, goal: float) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         event = plan.event(middle * question.steps_per_round)
-        spent = quick_epsilon([event, *question.history], plan.delta)
+        spent = quick_epsilon([event, *question.before], plan.delta)
         low, high = (middle, high) if spent <= goal else (low, middle)
     return low
 

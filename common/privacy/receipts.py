@@ -57,8 +57,8 @@ def receipt_faults(entries: Sequence[Entry], data: bytes, receipts: Sequence[Rec
     anchors = [entry.detail["receipts"]["bytes"] for entry in entries if "receipts" in entry.detail]
     if len(data) > max(anchors, default=0):
         faults.append("receipts were written after the ledger's last entry: make a checkpoint, then verify")
-    booked = {(p.name, p.sha256, p.bytes) for entry in entries for p in entry.payload}
-    given = {(r.name, r.sha256, r.bytes): r for r in receipts}
+    booked = {(entry.stage, p.name, p.sha256, p.bytes) for entry in entries for p in entry.payload}
+    given = {(r.stage, r.name, r.sha256, r.bytes): r for r in receipts}
     if booked - set(given):
         faults.append(f"{len(booked - set(given))} payloads of the ledger have no receipt")
     noised = {key for key, receipt in given.items() if receipt.mechanism not in (NO_MECHANISM, PUBLIC)}

@@ -17,7 +17,7 @@ from common.privacy.accounting import epsilon, rdp_epsilon, tuned_epsilon
 from common.privacy.attacker import crude_rate, true_positive_rates
 from common.privacy.events import LEAST_NOISE, Event, Mechanism, gathered
 from common.privacy.plan import PlanSettings, PrivacyPlan, Sampling, Unit, calibrate
-from common.privacy.planner import Question, settle, warnings
+from common.privacy.planner import Question, plan_document, settle, warnings
 from simulations.privacy_exam import accounting as exam
 from tests.architecture.sources import ROOT, modules, name_of
 
@@ -193,3 +193,26 @@ def test_the_planner_warns_of_few_patients_and_of_many_local_steps() -> None:
     assert many.startswith("8 noised steps a round")
     enough = Question(patients=400, batch=100, rounds=80, steps_per_round=1)
     assert warnings(enough, settle(enough, None, 8.0)) == []
+
+
+def test_a_planned_style_summary_is_in_every_figure_of_the_plan() -> None:
+    alone = Question(patients=200, batch=50, rounds=10, steps_per_round=1)
+    beside = replace(alone, style_epsilon=2.0)
+    plan = settle(beside, 2.0, None)
+    [style] = beside.beside
+    assert epsilon([style], 1e-5) == pytest.approx(2.0, rel=0.01)
+    before, after = (plan_document(question, plan, with_prv=False) for question in (alone, beside))
+    joint = epsilon([plan.event(), style], 1e-5)
+    assert after["epsilon"]["pld"] == after["epsilon_total_after"] == pytest.approx(joint, abs=1e-6)
+    assert after.pop("style") == {"epsilon": 2.0, "noise_multiplier": style.noise_multiplier}
+    assert set(after) == set(before), "without one the document is as it was"
+    for figure in ("epsilon_replace_one", "epsilon_if_shuffled", "epsilon_if_image_level"):
+        assert after[figure] > before[figure]
+    assert all(after["attacker"][rate] > found for rate, found in before["attacker"].items())
+
+
+def test_an_epsilon_that_is_asked_for_holds_the_planned_style_too() -> None:
+    question = Question(patients=200, batch=50, rounds=10, steps_per_round=1, style_epsilon=1.0)
+    plan = settle(question, None, 3.0)
+    assert 0.98 * 3.0 <= epsilon([plan.event(), *question.beside], 1e-5) <= 3.0
+    assert plan.noise_multiplier > settle(replace(question, style_epsilon=None), None, 3.0).noise_multiplier

@@ -30,7 +30,7 @@ NOT_COVERED = [
     (
         ["privacy.release_metrics=false"],
         "generator.scope",
-        "take none, or leave privacy.release_metrics true",
+        "set privacy.style_epsilon, or leave privacy.release_metrics true",
     ),
     (["privacy.release_metrics=false", "generator.scope=local"], "generator.scope", "take none"),
     (["privacy.epsilon=3"], "privacy", "give one of them"),

@@ -8,7 +8,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from client.account import Reservation, privacy_plan
+from client.account import privacy_plan
+from client.charges import Reservation
 from client.dp.randomness import SeededRandomness
 from client.private_adaptation import private_step
 from common.config import load_recipe

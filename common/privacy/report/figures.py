@@ -200,7 +200,7 @@ def by_step(record: SiteRecord, spent: Spending, delta: float) -> dict[str, list
     planned = [[step, _quick(gathered([plan.event(step), *spent.before]), delta)] for step in sorted(marks)]
     booked, steps = [], 0
     for entry in record.own:
-        steps += sum(event.count for event in entry.spent() if event.mechanism is Mechanism.gaussian)
+        steps += sum(event.count for event in entry.spent()) if entry.stage == plan.stage else 0
         figure = entry.epsilon_after.get(f"{delta:g}")
         if entry.spent() and figure is not None:
             booked.append([steps, upper(figure)])

@@ -18,6 +18,7 @@ WORDS = {
     PUBLIC: "public values, nothing of a patient",
     "dp_sgd": "noised steps (DP-SGD)",
     "laplace": "Laplace noise",
+    "gaussian": "Gaussian noise on one sum over all patients",
 }
 
 

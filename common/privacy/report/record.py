@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common.canonical import sha256_of
 from common.errors import ArtefactError, ConfigError, VerificationFailed
+from common.plan import Stage
 from common.privacy.audits import AUDITS
 from common.privacy.bundle import read_bundle
 from common.privacy.entries import Entry, EntryType, chain_faults
@@ -96,7 +97,7 @@ class SiteRecord:
     def terms(self) -> PrivacyPlan | None:
         """The plan of the run's noised steps; None: none is booked, so nothing was noised."""
         booked = [entry.detail["plans"] for entry in self.own if entry.type is EntryType.plan]
-        return PrivacyPlan.from_json(next(iter(booked[-1].values()))) if booked else None
+        return PrivacyPlan.from_json(booked[-1][str(Stage.adapt)]) if booked else None
 
     @cached_property
     def gaps(self) -> list[str]:
