@@ -35,8 +35,9 @@ from common.privacy.commands import privacy
 from common.privacy.policy_commands import policy_group
 from server.commands import report
 from server.consortium_commands import consortium
-from server.submission_commands import status, submit
+from server.submission_commands import ask, run, status, submit
 from simulations.commands import demo, recipes, simulate, validate
+from simulations.network_commands import network_demo
 
 # A hospital's machine calls nobody on its own, and idle threads do not spin beside a working one.
 # Whoever set one of these has decided otherwise.
@@ -123,7 +124,7 @@ privacy.add_command(audit)
 policy_group.add_command(policy_draft)
 for command in (site_init, site_join, site_node, executor, bundle, jobs, approve, refuse, stop):
     site.add_command(command)
-for command in (submit, status):
+for command in (submit, ask, run, status, network_demo):
     consortium.add_command(command)
 
 if __name__ == "__main__":

@@ -71,10 +71,15 @@ def site_join(folder: Path, kit: Path) -> None:
     "--port", type=click.IntRange(1, 65535), default=9094, show_default=True,
     help="On loopback, for this node's own processes; another one for a second node on a machine.",
 )  # fmt: skip
-def site_node(folder: Path, socket: Path, port: int) -> None:
+@click.option(
+    "--no-executor", is_flag=True,
+    help="Let this node start couriers itself, of whatever bundle comes: for tests of the connection.",
+)  # fmt: skip
+def site_node(folder: Path, socket: Path, port: int, no_executor: bool) -> None:
     """Connect the site in FOLDER to its consortium, until Ctrl-C or SIGTERM.
 
-    This is Flower's SuperNode, started from the kit. It connects outwards alone, to the one address there.
+    This is Flower's SuperNode, started from the kit. It connects outwards alone, to the one address there,
+    and leaves couriers to the site's executor (wardround site executor --node 127.0.0.1:PORT).
     Exits with 12 for what is wrong with a certificate, and with 30 if the coordinator is not reached or does
     not take this site's key.
 
@@ -82,11 +87,13 @@ def site_node(folder: Path, socket: Path, port: int) -> None:
     Example:
       wardround site node /srv/wardround --socket /run/wardround/guard.sock
     """
+    from client.network.executing import secret_file
     from client.network.node import NodePlan, run_node
     from common.network.certificates import system_clock
     from common.signals import told_to_end
 
-    plan = NodePlan.of(folder.resolve(), socket.resolve(), port)
+    secret = None if no_executor else secret_file(folder.resolve())
+    plan = NodePlan.of(folder.resolve(), socket.resolve(), port, secret)
     click.echo(f"node of {plan.kit.site} for {plan.kit.address}")
     with told_to_end() as told:
         run_node(plan, told.wait, click.echo, system_clock())

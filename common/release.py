@@ -7,9 +7,11 @@ courier's; a recipe, an image, a weight or the guard's code is not.
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
+import zipfile
+from pathlib import Path, PurePosixPath
 
-from common.code_digest import PROJECT, SHIPPED_CODE
+from common.code_digest import PROJECT, SHIPPED_CODE, sources_sha256
 from common.errors import ConfigError
 
 _BESIDE = ("pyproject.toml", ".gitignore", "LICENSE")
@@ -36,3 +38,14 @@ def build_bundle(project: Path = PROJECT) -> bytes:
         raise ConfigError(f"Flower refuses to build {project}: {error}") from error
     content: bytes = bundle
     return content
+
+
+def bundle_code_sha256(bundle: bytes) -> str:
+    """What `code_sha256` is where ``bundle`` is unpacked: the digest that a run of it finds for itself."""
+    with zipfile.ZipFile(io.BytesIO(bundle)) as opened:
+        paths = [PurePosixPath(name) for name in opened.namelist() if name.endswith(".py")]
+        order = sorted(
+            (path for path in paths if path.parts[0] in SHIPPED_CODE),
+            key=lambda path: (SHIPPED_CODE.index(path.parts[0]), path),
+        )
+        return sources_sha256((str(path), opened.read(str(path))) for path in order)

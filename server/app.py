@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from common.errors import ConfigError, UsageError
 from common.shared_student_rules import deployment_faults
 from server.approvals import ask_sites
 from server.collect import Collector
+from server.ending import told_in
 from server.events import EventLog
 from server.phases import run_walk
 from server.submission import Submission
@@ -35,10 +37,15 @@ def main(grid: Grid, context: Context) -> None:
     asked.
     """
     run_dir = run_folder(context)
-    recipe, job = load_run_config(run_dir / "config.yaml"), Submission.load(run_dir)
-    torch.set_num_threads(recipe.run.threads)  # aggregation is reproducible for one number of threads
     # Our own engines say how many sites they can work on at a time; Flower's deployment grid takes them all.
     window = getattr(grid, "window", None)
+    with told_in(run_dir) if window is None else nullcontext():
+        _work(grid, context, run_dir, window)
+
+
+def _work(grid: Grid, context: Context, run_dir: Path, window: int | None) -> None:
+    recipe, job = load_run_config(run_dir / "config.yaml"), Submission.load(run_dir)
+    torch.set_num_threads(recipe.run.threads)  # aggregation is reproducible for one number of threads
     mode = str(context.run_config.get("mode") or MODES[0])
     if mode not in MODES:
         raise UsageError(f"mode={mode!r}: choose from {', '.join(MODES)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
@@ -92,11 +92,17 @@ class Submission:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a coordinator says beside the recipe. ``days``: how long it may be worked on; None: no end."""
+    """What a coordinator says beside the recipe.
+
+    Attributes:
+        days: how long it may be worked on; None: no end.
+        bundle_sha256, code_sha256: of the bundle that will run, and of the code in it; empty: this code runs.
+    """
 
     roster: Mapping[str, Invited]
     days: int | None = None
     bundle_sha256: str = ""
+    code_sha256: str = ""
 
 
 def submit(recipe: Recipe, run_dir: Path, asked: Asked, today: date) -> RunPlan:
@@ -110,6 +116,7 @@ def submit(recipe: Recipe, run_dir: Path, asked: Asked, today: date) -> RunPlan:
     key = create_sealing_key(run_dir / SEALING_KEY)
     expires = "" if asked.days is None else (today + timedelta(days=asked.days)).isoformat()
     plan = build_plan(recipe, secrets.token_hex(8), terms=JobTerms(asked.bundle_sha256, expires, key))
+    plan = replace(plan, code_sha256=asked.code_sha256 or plan.code_sha256)
     invited = plan.sites or list(asked.roster)
     save_run_config(recipe, run_dir / "config.yaml")
     write_roster(run_dir / ROSTER, [asked.roster[site] for site in invited])

@@ -106,11 +106,17 @@ def _is_loopback(node: str) -> bool:
         return False
 
 
-def _secret(settings: Settings) -> bytes:
-    """What the SuperNode knows this executor by. Raises ``ConfigError`` if others can read it."""
-    path = settings.secret_file or settings.folder / SECRET
+def secret_file(folder: Path) -> Path:
+    """Of the site in ``folder``, made if it is missing: whichever of SuperNode and executor starts first."""
+    path = folder / SECRET
     if not path.exists():
         write_secret(path, secrets.token_hex(SECRET_BYTES).encode())
+    return path
+
+
+def _secret(settings: Settings) -> bytes:
+    """What the SuperNode knows this executor by. Raises ``ConfigError`` if others can read it."""
+    path = settings.secret_file or secret_file(settings.folder)
     if path.stat().st_mode & 0o007:
         raise ConfigError(f"every user of this machine can open {path}: chmod o-rwx it, and make a new one")
     secret = path.read_bytes()

@@ -32,6 +32,7 @@ class NodePlan:
     Attributes:
         folder: the site's. kit: where to. fingerprint: of its key. guard: the guard's socket.
         runtime_port: on loopback, for the processes of this SuperNode; one a SuperNode on a machine.
+        secret: what its executor is known by; None: the SuperNode starts couriers itself, of any bundle.
     """
 
     folder: Path
@@ -39,9 +40,10 @@ class NodePlan:
     fingerprint: str
     guard: Path
     runtime_port: int
+    secret: Path | None = None
 
     @classmethod
-    def of(cls, folder: Path, guard: Path, runtime_port: int) -> NodePlan:
+    def of(cls, folder: Path, guard: Path, runtime_port: int, secret: Path | None = None) -> NodePlan:
         """Raises ``ArtefactError`` if there is no kit or key, ``ConfigError`` for a socket's path."""
         if not _SOCKET.fullmatch(str(guard)):
             raise ConfigError(f"{guard}: Flower misreads this path; use letters, digits and . _ - @ + , =")
@@ -49,10 +51,11 @@ class NodePlan:
         if kit is None:
             raise ArtefactError(f"there is no kit in {folder}: wardround site join {folder} KIT")
         key = read_node_key(folder / NODE_KEY)
-        return cls(folder, kit, fingerprint_of(key.public_key()), guard, runtime_port)
+        return cls(folder, kit, fingerprint_of(key.public_key()), guard, runtime_port, secret)
 
     def command(self) -> list[str]:
         """Flower's own program: to this kit's coordinator alone, over TLS, with this site's key."""
+        executed = ["--isolation", "process", "--superexec-auth-secret-file", str(self.secret)]
         return [
             flower_program("flower-supernode"),
             "--root-certificates", str(self.folder / AUTHORITY),
@@ -60,6 +63,7 @@ class NodePlan:
             "--auth-supernode-private-key", str(self.folder / NODE_KEY),
             "--host", "127.0.0.1", "--port", str(self.runtime_port),
             "--node-config", f'guard="unix:{self.guard}"',
+            *([] if self.secret is None else executed),
         ]  # fmt: skip
 
 

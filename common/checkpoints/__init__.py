@@ -21,9 +21,18 @@ from common.canonical import sha256_of_file
 from common.durable import disk_fault, write_atomic
 from common.errors import ArtefactError
 
-FOLDER = Path(__file__).parent
+SHIPPED = "WARDROUND_SHIPPED_MODELS"  # where they lie, told to code without them: a bundle carries none
 VARIABLE = "WARDROUND_TEACHERS"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # a file's name on every system, and never a path
+
+
+def _folder() -> Path:
+    """That of this file; of a run's bundle, which has no weights, that of the coordinator's installation."""
+    own, told = Path(__file__).parent, os.environ.get(SHIPPED)
+    return own if told is None or any(own.glob("*.safetensors")) else Path(told)
+
+
+FOLDER = _folder()
 
 
 @dataclass(frozen=True)

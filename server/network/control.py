@@ -40,10 +40,10 @@ class Control:
     """A `server.network.registry.Fleet`. Raises ``FederationError`` for what is refused or not answered."""
 
     def __init__(self, client: ControlHttpClient) -> None:
-        self._client = client
+        self.client = client
 
     def nodes(self) -> list[Node]:
-        found = self._ask(self._client.ListNodes, ListNodesRequest()).nodes_info
+        found = self.ask(self.client.ListNodes, ListNodesRequest()).nodes_info
         return [Node(node.node_id, _fingerprint(node.public_key), node.status) for node in found]
 
     def register(self, pem: bytes, name: str) -> int:
@@ -54,7 +54,7 @@ class Control:
                 if node.status == UNREGISTERED:
                     raise FederationError(f"the SuperLink takes no key back that was removed: {name}'s")
                 return node.node_id
-        made = self._ask(self._client.RegisterNode, RegisterNodeRequest(public_key=pem, name=name))
+        made = self.ask(self.client.RegisterNode, RegisterNodeRequest(public_key=pem, name=name))
         return int(made.node_id)
 
     def unregister(self, pem: bytes) -> None:
@@ -68,10 +68,10 @@ class Control:
     def turn_out(self, fingerprint: str) -> None:
         for node in self.nodes():
             if node.fingerprint == fingerprint and node.status != UNREGISTERED:
-                self._ask(self._client.UnregisterNode, UnregisterNodeRequest(node_id=node.node_id))
+                self.ask(self.client.UnregisterNode, UnregisterNodeRequest(node_id=node.node_id))
 
     @staticmethod
-    def _ask(call: Callable[[Any], Any], request: Any) -> Any:
+    def ask(call: Callable[[Any], Any], request: Any) -> Any:
         try:
             return call(request)
         except httpx.HTTPStatusError as error:

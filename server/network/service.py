@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 
+from common.checkpoints import FOLDER as MODELS
+from common.checkpoints import SHIPPED
 from common.durable import append_line
 from common.errors import ArtefactError, ConfigError, FederationError
 from common.network.certificates import system_clock
@@ -171,7 +173,8 @@ def _started(stack: ExitStack, consortium: Consortium, name: str, command: list[
         if not _OFTEN.search(line):
             append_line(log, line)
 
-    child = Child(name, command, keep, flower_environment(folder))
+    environment = {**flower_environment(folder), SHIPPED: str(MODELS)}
+    child = Child(name, command, keep, environment)
     stack.callback(child.stop)
     return child
 
