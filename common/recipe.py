@@ -271,7 +271,7 @@ class StudentConfig:
     warmup_share: float = 0.0  # first share of the steps, on the transfer set alone
     finetune_share: float = 0.0  # last share of the steps, on the labels alone
     feature_stride: int = (
-        1  # decoder features are compared on every so many-th row and column, drawn anew a step
+        2  # decoder features are compared on every so many-th row and column, drawn anew a step
     )
     transfer_views: int = 1  # of each image of the transfer set; those beyond the first are augmented
     teacher_cache: TeacherCache = TeacherCache.float16  # how the site keeps what the teacher said

@@ -85,8 +85,12 @@ class StateStore:
 
 
 def plan_changes(old: RunPlan, new: RunPlan, where: str) -> list[str]:
-    """The first differences in words: the value that ``old``, which lies ``where``, has, and the new one."""
-    found = changes(*(json.loads(plan.to_json()) for plan in (old, new)))
+    """The first differences in words: the value that ``old``, which lies ``where``, has, and the new one.
+
+    What the rounds start from follows from the settings: it is named only where nothing else differs.
+    """
+    found = list(changes(*(json.loads(plan.to_json()) for plan in (old, new))))
+    found = [one for one in found if not one[0].startswith("starts")] or found
     faults = [f"{key}: {_short(before)} {where}, {_short(now)} now" for key, before, now in found]
     if len(faults) > SHOWN_DIFFERENCES:
         faults = [*faults[:SHOWN_DIFFERENCES], f"and {len(faults) - SHOWN_DIFFERENCES} more"]

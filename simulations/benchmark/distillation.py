@@ -1,6 +1,6 @@
 """What learning from a teacher's kept outputs costs a student: CPU time, beside the same without.
 
-    python -m simulations.benchmark.distillation [--images 96] [--stride 2] [--repetitions 7] [--json]
+    python -m simulations.benchmark.distillation [--images 96] [--stride 1] [--repetitions 7] [--json]
 
 All trainings are `client.distillation.distil` over the same number of the same images in the same batches:
 ``kept`` reads the teacher's outputs from the disk and learns from them, ``plain`` learns from masks instead,
@@ -54,7 +54,7 @@ class Job:
     size: int = 96
     batch: int = 16
     epochs: int = 3
-    stride: int = 1  # student.feature_stride
+    stride: int = 2  # student.feature_stride
     repetitions: int = 7
 
 

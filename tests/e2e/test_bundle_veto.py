@@ -226,7 +226,7 @@ def test_the_guards_process_cannot_be_seen_traced_or_signalled(story: Story) -> 
 
 def test_an_order_is_answered_once_and_the_bundles_own_orders_never(story: Story) -> None:
     assert story.probes["replay"] == {"refused": ["REFUSED_POLICY", "order"]}
-    assert story.probes["replay as another stage"] == {"refused": ["REFUSED_POLICY", "order"]}
+    assert story.probes["replay as another stage"] == {"refused": ["ARTEFACT_MISMATCH", ""]}
     assert story.probes["order of its own"] == {"refused": ["REFUSED_POLICY", "plan"]}
 
 

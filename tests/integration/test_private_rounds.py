@@ -34,7 +34,7 @@ from common.privacy.entries import EntryType
 from common.privacy.journal import HEAD, LEDGER
 from common.privacy.keys import public_key
 from common.privacy.verify import Evidence, verify
-from common.recipe import SiteFile
+from common.recipe import Consent, SiteFile
 from common.teacher import resident_teacher
 from server.planning import build_plan
 from simulations.privacy_exam.hospital import (
@@ -95,7 +95,7 @@ def test_a_private_round_is_reserved_then_committed_and_its_record_holds(home: P
 def test_a_guard_books_whether_it_is_a_process_of_its_own(
     home: Path, plan: RunPlan, own_process: bool
 ) -> None:
-    guard = client.guard.Guard(Site.open(home), own_process)
+    guard = client.guard.Guard(replace(Site.open(home), consent=Consent.policy), own_process)
     assert guard.propose(plan, order(plan, Stage.propose)).agrees
     (booked,) = entries(home, EntryType.plan)
     assert booked.detail.get("own_process", False) is own_process

@@ -238,10 +238,10 @@ def as_it_was(student: Student, patients: list[Patient], transfer: TransferSet, 
     distillation.fit(parameters, schedule, loss_at, FOREVER, "testing")
 
 
-def test_the_default_settings_train_as_before_to_the_last_bit(
+def test_without_further_terms_a_student_is_trained_as_in_a_plain_loop_to_the_last_bit(
     smoke_plan: RunPlan, patients: list[Patient], transfer: TransferSet
 ) -> None:
-    plan = with_student(smoke_plan, steps=4, transfer_batch_size=4)
+    plan = with_student(smoke_plan, steps=4, transfer_batch_size=4, feature_stride=1)
     reference = build_student("unet-xs", plan.data, True, 0)
     as_it_was(reference, patients, transfer, plan)
     student, _ = trained(plan, patients, transfer)
