@@ -92,9 +92,8 @@ def run_network(recipe: Recipe, folder: Path, say: Say, stopped: Callable[[float
         programs = stack.enter_context(served(consortium, lambda _: None, now))
         say(f"the SuperLink and nginx serve localhost:{settings.port}")
         doors = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wardround-")))
-        programs += [
-            one for index, name in enumerate(names) for one in _hospital(stack, folder / name, doors, index)
-        ]
+        for index, name in enumerate(names):
+            programs += _hospital(stack, folder / name, doors / name, (index, recipe.run.threads))
         _wait_for_nodes(consortium, len(names), programs, stopped)
         say(f"{len(names)} hospitals are connected, each with a node, an executor and a guard")
         work(consortium, run_dir, "ask", stopped)
@@ -124,36 +123,36 @@ def _join(home: Path, consortium: Consortium, now: datetime) -> None:
     take_kit(home, kit, now)
 
 
-def _hospital(stack: ExitStack, home: Path, doors: Path, index: int) -> Iterator[Child]:
-    """The guard, the executor and the SuperNode of ``home``; ended with ``stack``."""
-    door, port = doors / home.name, _free_port()
+def _hospital(stack: ExitStack, home: Path, door: Path, about: tuple[int, int]) -> Iterator[Child]:
+    """The guard, the executor and the SuperNode of ``home``; ended with ``stack``.
+
+    Args:
+        door: where the guard's socket will be. about: the hospital's number, and the threads that its guard
+            trains on; on another number sums are rounded otherwise than in a simulation.
+    """
+    (index, threads), port = about, _free_port()
     door.mkdir()
     confined = not sandbox_faults()
     if confined:
         os.chown(door, -1, FIRST_GROUP + index)
         door.chmod(0o2750)
-        doors.chmod(0o711)
+        door.parent.chmod(0o711)
+
+    def started(name: str, *arguments: str) -> Child:
+        log = stack.enter_context((home / f"{name}.log").open("a", encoding="utf-8", buffering=1))
+        command = [sys.executable, "-m", "wardround", "site", name, str(home), *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        child = Child(f"the {name} of {home.name}", command, lambda line: print(line, file=log), environment)
+        stack.callback(child.stop)
+        return child
+
     sock = ("--socket", str(door / "guard.sock"))
-    guard = _started(stack, home, "guard", "site", "guard", str(home), *sock)
+    guard = started("guard", *sock)
     wait_until(lambda: describe(door / "guard.sock", 1.0) is not None, guard, START_S)
     yield guard
     loose = () if confined else ("--no-sandbox",)
-    node = f"127.0.0.1:{port}"
-    yield _started(stack, home, "executor", "site", "executor", str(home), "--node", node, *sock, *loose)
-    yield _started(stack, home, "node", "site", "node", str(home), *sock, "--port", str(port))
-
-
-def _started(stack: ExitStack, home: Path, name: str, *arguments: str) -> Child:
-    log = (home / f"{name}.log").open("a", encoding="utf-8")
-    stack.callback(log.close)
-
-    def keep(line: str) -> None:
-        log.write(line + "\n")
-        log.flush()
-
-    child = Child(f"the {name} of {home.name}", [sys.executable, "-m", "wardround", *arguments], keep)
-    stack.callback(child.stop)
-    return child
+    yield started("executor", "--node", f"127.0.0.1:{port}", *sock, *loose)
+    yield started("node", *sock, "--port", str(port))
 
 
 def _wait_for_nodes(
