@@ -43,5 +43,5 @@ def _size_faults(recipe: Recipe) -> Iterator[Fault]:
     low, high = GENERATOR_SIDES.get(name, (side, side))
     if recipe.generator.scope in NETWORK_SCOPES and not low <= side <= high:
         what = f"{name} paints images of {low} to {high} pixels and not of {side}"
-        fix = f"take generator.name={GENERATORS[0]}, or a multiple of 32 from {low} to {high}"
-        yield Fault("data.image_size", what, fix)
+        fix = f"take {GENERATORS[0]}, or a data.image_size that is a multiple of 32 from {low} to {high}"
+        yield Fault("generator.name", what, fix)
