@@ -29,7 +29,6 @@ from common.generator import (
     ResidentGenerator,
     StyleDiffusion,
     diffusion_loss,
-    inverse_haar,
     with_code,
 )
 from common.plan import RunPlan
@@ -124,14 +123,16 @@ def _sample(
 ) -> Tensor:
     global denoiser_calls
     scheduler = solver()
-    half = mask.shape[-1] // 2
-    state = torch.randn((len(mask), 12, half, half), generator=noise)
+    space = network.space
+    state = torch.randn(space.shape(len(mask), mask.shape[-1]), generator=noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = network.condition(mask, style)
     for time in scheduler.timesteps:
         with torch.autocast("cpu", torch.bfloat16):  # 0.6 of the time; the solver's state stays float32
-            clean = network(state, time.expand(len(mask)), mask, style)
+            clean = network.denoise(state, time.expand(len(mask)), given)
         state = scheduler.step(clean.float(), time, state).prev_sample
         denoiser_calls += len(mask)
-    image = (inverse_haar(state) + 1) / 2
+    image = (space.decode(state) + 1) / 2
     grey = (style[:, 0:3].std(1) + style[:, 6:9].std(1)) < 1e-3
     image[grey] = image[grey].mean(1, keepdim=True).expand(-1, 3, -1, -1)
     return image.clamp(0, 1)  # no stretch: the style says how bright and how strong this image is

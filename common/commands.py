@@ -37,12 +37,12 @@ def list_command(known: bool, as_json: bool) -> None:
     Example:
       wardround teacher list --json
     """
-    from common.checkpoints import found_teachers
+    from common.checkpoints import found_models
 
     if known:
         _list_known(as_json)
         return
-    found = found_teachers()
+    found = found_models()
     for entry in found:
         if entry.hidden_by is not None:
             name = entry.card["name"]

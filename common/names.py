@@ -10,7 +10,9 @@ TEACHERS = ("ward-sam-tiny", "ward-sam-tiny-lesions")
 ADAPTER_PRESETS = (
     "base", "lite", "wide", "dp", "fused", "last3", "bottleneck", "norm", "decoder", "full",
 )  # fmt: skip
-GENERATORS = ("ward-diffusion-tiny",)
+GENERATORS = ("ward-diffusion-tiny", "ward-diffusion-latent")
+# The smallest and the largest image that each was seen to paint well, pixels; others want none stated here.
+GENERATOR_SIDES = {"ward-diffusion-latent": (128, 512)}
 STUDENTS = ("unet-xs", "unet-s", "mobile", "vit-tiny")
 SHIPPED_STUDENTS = ("unet-xs", "unet-s", "mobile")  # those with weights to start from
 AGGREGATION_RULES = (

@@ -55,8 +55,9 @@ def value_faults(section: Any, key: str = "") -> Iterator[Fault]:
 
 
 def _with_imported(known: tuple[str, ...]) -> tuple[str, ...]:
-    """The names, and for teachers those that this machine's user imported."""
-    return (*known, *imported_names()) if known is names.TEACHERS else known
+    """The names, and for teachers and generators those that this machine's user brought."""
+    brought = {names.TEACHERS: "teacher", names.GENERATORS: "generator"}
+    return (*known, *imported_names(brought[known])) if known in brought else known
 
 
 def _sections(path: str, value: Any) -> list[tuple[str, Any]]:

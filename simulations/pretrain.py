@@ -11,29 +11,29 @@ randomness comes from one seed, so the same machine and thread count give the sa
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from client.students import STUDENTS
-from client.style import style_vector
-from common import checkpoints, progress
 from common.backbones import build_backbone
 from common.backbones.base import Backbone
+from common.errors import WardroundError
 from common.generator import StyleDiffusion, diffusion_loss
 from common.names import SHIPPED_STUDENTS
 from common.seeding import derive_rng, derive_seed
 from common.teacher import HEADS, TINY, Teacher
-from simulations.scenes import KINDS, TARGETS, scene_bank
-from simulations.tissues import tissue_bank
+from simulations import latent_pretraining
+from simulations.latent_pretraining import NAME as LATENT
+from simulations.scene_training import REAL_LOOKING, SIZE, Bank, Styled, dim, fit, ship
+from simulations.scenes import TARGETS
 
-SIZE = 96
 # 4 blocks of width 128 on 8 x 8 patches, every second block global. `initializer_range` matters: the
 # library's default is 1e-10, which leaves a new network dead.
 TINY_SAM: dict[str, Any] = {
@@ -44,44 +44,12 @@ TINY_SAM: dict[str, Any] = {
 SCENES = 6000
 TISSUES = 9000
 VALIDATION = 120
-REAL_LOOKING = "procedural scenes only (simulations/scenes.py, simulations/tissues.py); no real image"
-LICENCE = "Apache-2.0"
 HEAD_WEIGHT = torch.tensor([2.0, 1.0, 1.0, 0.5, 0.5])  # thin structures first: they are the last to start
-SHIPPED = {"teacher": "ward-sam-tiny", "generator": "ward-diffusion-tiny"}  # a student is called as its kind
-
-
-@dataclass(frozen=True)
-class Bank:
-    """Scenes as tensors: ``images`` (N, 3, S, S) uint8, ``targets`` (N, 5, S, S) bool, ``kinds`` (N,)."""
-
-    images: Tensor
-    targets: Tensor
-    kinds: np.ndarray
-
-    @classmethod
-    def make(cls, seed: int, count: int, distractors: float = 0.3, tissues: int = 0) -> Bank:
-        """``count`` plain scenes, and ``tissues`` of those closer to cameras and microscopes."""
-        images, targets, kinds = scene_bank(seed, count, SIZE, distractors)
-        if tissues:
-            more = tissue_bank(derive_seed(seed, "tissues"), tissues, SIZE)
-            images, targets = np.concatenate([images, more[0]]), np.concatenate([targets, more[1]])
-            kinds = np.concatenate([kinds, more[2]])
-        return cls(torch.from_numpy(images), torch.from_numpy(targets), kinds)
-
-    def draw(
-        self, rng: np.random.Generator, size: int, shares: tuple[float, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """A batch with kinds in ``shares``, under a random symmetry, channel order and gamma."""
-        wanted = rng.choice(len(KINDS), size, p=np.array(shares) / sum(shares))
-        index = torch.tensor([int(rng.choice(np.flatnonzero(self.kinds == kind))) for kind in wanted])
-        image, target = self.images[index].float() / 255, self.targets[index].float()
-        if rng.random() < 0.5:
-            image, target = image.transpose(2, 3), target.transpose(2, 3)
-        flips = [axis for axis in (2, 3) if rng.random() < 0.5]
-        image, target = image.flip(flips), target.flip(flips)
-        image = image[:, torch.from_numpy(rng.permutation(3))]
-        image = image ** float(np.exp(rng.normal(0, 0.15)))
-        return image.contiguous(), target.contiguous(), torch.from_numpy(wanted)
+SHIPPED = {  # by what makes them; a student is called as its kind
+    "teacher": "ward-sam-tiny",
+    "generator": "ward-diffusion-tiny",
+    LATENT: latent_pretraining.SHIPS,
+}
 
 
 def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -105,45 +73,6 @@ def head_dice(forward: Callable[[Tensor], Tensor], bank: Bank) -> dict[str, floa
         name: round(float(scores[truth[:, head].any(2).any(1), head].mean()), 3)
         for head, name in enumerate(TARGETS)
     }
-
-
-def fit(
-    network: nn.Module,
-    steps: int,
-    rates: dict[str, float],
-    loss_at: Callable[[int], Tensor],
-    every: int = 100,
-) -> list[float]:
-    """AdamW with warm-up and a cosine; ``loss_at(step)`` builds the loss. Returns smoothed losses.
-
-    ``rates``: beginning of a parameter's name -> learning rate; each parameter has exactly one.
-    """
-    named = dict(network.named_parameters())
-    groups = [
-        {"params": [p for name, p in named.items() if name.startswith(start)], "lr": rate}
-        for start, rate in rates.items()
-    ]
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min(1.0, (step + 1) / 60) * (0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
-    )
-    losses: list[float] = []
-    recent: list[float] = []
-    progress.stage(type(network).__name__, steps // every)
-    for step in range(steps):
-        loss = loss_at(step)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        recent.append(loss.item())
-        if (step + 1) % every == 0:
-            losses.append(float(np.mean(recent)))
-            recent.clear()
-            progress.step(f"step {step + 1}: loss {losses[-1]:.4f}")
-    progress.end()
-    return losses
 
 
 def curriculum(step: int, steps: int) -> tuple[float, float, float]:
@@ -274,15 +203,6 @@ def pretrain_student(kind: str, seed: int, steps: int) -> None:
     _ship("student", kind, network.half() if course.tissues else network, (seed, steps), about)
 
 
-def dim(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Half of the batches without their stretch: a tile of a large image spans no full range."""
-    if rng.random() < 0.5:
-        return image
-    low = torch.from_numpy(rng.uniform(0, 0.3, (len(image), 3, 1, 1))).float()
-    high = torch.from_numpy(rng.uniform(0.45, 1, (len(image), 3, 1, 1))).float()
-    return low + (high - low) * image
-
-
 def pretrain_generator(seed: int, steps: int) -> None:
     torch.manual_seed(derive_seed(seed, "generator", "init"))
     network = StyleDiffusion()
@@ -297,52 +217,55 @@ def pretrain_generator(seed: int, steps: int) -> None:
     def loss_at(step: int) -> Tensor:
         if step:
             average.update_parameters(network)
-        images, masks, styles = [], [], []
-        while len(images) < 8:
-            image, target, kinds = bank.draw(rng, 8 - len(images), (1, 1, 1))
-            image = dim(image, rng)
-            for one, planes, kind in zip(image, target, kinds.tolist(), strict=True):
-                style = style_vector(one, planes[kind], torch.ones(one.shape[1:], dtype=torch.bool))
-                if style is not None:
-                    images.append(one)
-                    masks.append(planes[kind][None])
-                    styles.append(torch.from_numpy(style).float())
-        return diffusion_loss(network, torch.stack(images), torch.stack(masks), torch.stack(styles), noise)
+        parts: list[Styled] = []
+        while (missing := 8 - sum(len(part.images) for part in parts)) > 0:
+            image, target, kinds = bank.draw(rng, missing, (1, 1, 1))
+            if found := Styled.of(dim(image, rng), target, kinds):
+                parts.append(found)
+        images, masks, styles = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("images", "masks", "styles")
+        )
+        return diffusion_loss(network, images, masks, styles, noise)
 
     losses = fit(network, steps, {"": 1.5e-3}, loss_at)
     _ship("generator", "generator", average.module, (seed, steps), {"losses": losses})
 
 
 def _ship(kind: str, maker: str, network: nn.Module, made: tuple[int, int], more: dict[str, object]) -> None:
-    """Write weights and card. ``maker``: the name that made them. ``made``: seed and steps."""
-    seed, steps = made
-    about = {
-        "kind": kind,
-        "params": sum(parameter.numel() for parameter in network.parameters()),
-        "image_size": SIZE,
-        "seed": seed,
-        "steps": steps,
-        "trained_on": "procedural scenes only (simulations/scenes.py); no real image",
-        "licence": LICENCE,
-        "reproduce": f"python -m simulations.pretrain {maker} --seed {seed} --steps {steps}",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "intended_use": "a starting point for training; not a medical device and not useful as it is",
-        **more,
-    }
-    checkpoints.save(SHIPPED.get(maker, maker), network.state_dict(), about)
+    ship(SHIPPED.get(maker, maker), network, (maker, *made), {"kind": kind, **more})
 
 
-DEFAULT_STEPS = {"teacher": 6000, "generator": 1600, **{kind: one.steps for kind, one in COURSES.items()}}
+DEFAULT_STEPS = {
+    "teacher": 6000,
+    "generator": 1600,
+    LATENT: latent_pretraining.STEPS,
+    **{kind: one.steps for kind, one in COURSES.items()},
+}
 MAKERS: dict[str, Callable[..., None]] = {
     "teacher": pretrain_teacher,
     "generator": pretrain_generator,
+    LATENT: latent_pretraining.pretrain_latent_generator,
     **{kind: partial(pretrain_student, kind) for kind in COURSES},
 }
-USUAL = ("teacher", "generator", *SHIPPED_STUDENTS)
+USUAL = ("teacher", "generator", LATENT, *SHIPPED_STUDENTS)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if unknown := [name for name in given.models if name not in MAKERS]:
+        parser.error(f"no model {', '.join(unknown)}; there are: {', '.join(MAKERS)}")
+    if (given.codec is None) != (given.name is None) or (given.codec and given.models != [LATENT]):
+        parser.error(f"--codec and --name go together, and with {LATENT} alone")
+    torch.set_num_threads(1)
+    try:
+        for name in given.models or USUAL:
+            MAKERS[name](given.seed, given.steps or DEFAULT_STEPS[name], **_options(name, given))
+    except WardroundError as error:
+        parser.exit(error.exit_code, f"{error}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -352,13 +275,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="optimiser steps (default: as shipped)")
     parser.add_argument("--device", default="cpu", help="of the teacher's training (cpu, cuda)")
-    given = parser.parse_args()
-    if unknown := [name for name in given.models if name not in MAKERS]:
-        parser.error(f"no model {', '.join(unknown)}; there are: {', '.join(MAKERS)}")
-    torch.set_num_threads(1)
-    for name in given.models or USUAL:
-        on = {"device": given.device} if name == "teacher" else {}
-        MAKERS[name](given.seed, given.steps or DEFAULT_STEPS[name], **on)
+    latent = parser.add_argument_group(LATENT)
+    latent.add_argument("--keep", type=Path, metavar="FOLDER", help="to take up what was broken off")
+    latent.add_argument("--codec", type=Path, metavar="FOLDER", help="an AutoencoderKL in place of our own")
+    latent.add_argument("--name", help="of the generator in the latent space of --codec")
+    latent.add_argument("--folder", type=Path, help="where that goes (default: first of WARDROUND_TEACHERS)")
+    return parser
+
+
+def _options(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    if name == "teacher":
+        return {"device": given.device}
+    if name != LATENT:
+        return {}
+    read = latent_pretraining.Brought.read
+    brought = None if given.codec is None else read(given.codec, given.name, given.folder)
+    return {"keep": given.keep, "brought": brought}
 
 
 if __name__ == "__main__":

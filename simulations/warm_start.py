@@ -26,8 +26,9 @@ from common.errors import ArtefactError, WardroundError
 from common.recipe import Anatomy
 from common.seeding import derive_rng, derive_seed
 from common.teacher import Teacher, shipped_teacher
-from simulations.pretrain import Bank, fit, head_dice, segmentation_loss
+from simulations.pretrain import head_dice, segmentation_loss
 from simulations.public_hospitals import KIND_OF, hospital_bank
+from simulations.scene_training import Bank, fit
 from simulations.scenes import KINDS
 
 IMAGES, STEPS, BATCH, HELD_OUT = 4000, 1500, 16, 120

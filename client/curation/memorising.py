@@ -70,10 +70,10 @@ class Conditions:
     def log_losses(self, network: StyleDiffusion, seed: int) -> Tensor:
         """(patients,): the mean logarithm of the denoising error, over a patient's tiles and the times."""
         total = torch.zeros(len(self.images))
-        half = self.images.shape[-1] // 2
+        shape = network.space.shape(len(self.images), self.images.shape[-1])
         for time in TIMES:
             draw = torch.Generator().manual_seed(derive_seed(seed, "times", time) % 2**63)
-            noise = torch.randn((len(self.images), 12, half, half), generator=draw)
+            noise = torch.randn(shape, generator=draw)
             for start in range(0, len(self.images), AT_ONCE):
                 part = slice(start, start + AT_ONCE)
                 at = torch.full((len(self.images[part]),), time)

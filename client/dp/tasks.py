@@ -213,7 +213,7 @@ class DiffusionTask(PrivateTask):
     def inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Images, masks, styles, and for each ``draws`` times and noises."""
         images = self._images[rows]
-        drawn = [draw_noise(images, self._noise) for _ in range(self._draws)]
+        drawn = [draw_noise(self.network.space, images, self._noise) for _ in range(self._draws)]
         times, noises = (torch.stack(part, 1) for part in zip(*drawn, strict=True))
         return images, self._masks[rows], self._styles[rows], times, noises
 

@@ -1,10 +1,10 @@
 """Model weights by name, each a safetensors file with a model card and a digest.
 
 Those in this folder ship with Wardround; they were trained on procedural images alone (``python -m
-simulations.pretrain`` makes them again). Teachers that a user imported (`common.foundation`) are found in the
-folders of ``WARDROUND_TEACHERS`` and in ``~/.wardround/teachers``, in that order; a shipped name always means
-the shipped model. A card is ``NAME.json`` beside ``NAME.safetensors``; loading refuses weights whose digest
-is not the card's.
+simulations.pretrain`` makes them again). Teachers that a user imported (`common.foundation`), and generators
+in the latent space of a user's own autoencoder, are found in the folders of ``WARDROUND_TEACHERS`` and in
+``~/.wardround/teachers``, in that order; a shipped name always means the shipped model. A card is
+``NAME.json`` beside ``NAME.safetensors``; loading refuses weights whose digest is not the card's.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ FOLDER = _folder()
 
 
 @dataclass(frozen=True)
-class FoundTeacher:
-    """A teacher's card as it was read, its weights not yet checked.
+class FoundModel:
+    """A model's card as it was read, its weights not yet checked.
 
-    ``hidden_by``: the folder of an earlier teacher of this name, which is the one in use; None for that one.
+    ``hidden_by``: the folder of an earlier model of this name, which is the one in use; None for that one.
     """
 
     card: dict[str, Any]
@@ -58,35 +58,35 @@ def teacher_folders() -> list[Path]:
     return [*given, Path("~/.wardround/teachers").expanduser()]
 
 
-def found_teachers() -> list[FoundTeacher]:
-    """Every teacher that ships or was imported, the shipped ones first; reads cards alone.
+def found_models(kind: str = "teacher") -> list[FoundModel]:
+    """Every model of ``kind`` that ships or was brought, the shipped ones first; reads cards alone.
 
-    A file in a teachers' folder that is no teacher's card is passed over.
+    A file in a teachers' folder that is no card of the kind is passed over.
     """
-    found: list[FoundTeacher] = []
+    found: list[FoundModel] = []
     first: dict[str, Path] = {}
     for folder in dict.fromkeys([FOLDER, *teacher_folders()]):
         for path in sorted(folder.glob("*.json"), key=lambda path: path.stem):
-            about = _teacher_card(path)
+            about = _card_of(kind, path)
             if about is not None:
-                found.append(FoundTeacher(about, folder, first.get(path.stem)))
+                found.append(FoundModel(about, folder, first.get(path.stem)))
                 first.setdefault(path.stem, folder)
     return found
 
 
-def _teacher_card(path: Path) -> dict[str, Any] | None:
+def _card_of(kind: str, path: Path) -> dict[str, Any] | None:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    complete = isinstance(about, dict) and about.get("kind") == "teacher" and about.get("name") == path.stem
+    complete = isinstance(about, dict) and about.get("kind") == kind and about.get("name") == path.stem
     return about if complete and path.with_suffix(".safetensors").is_file() else None
 
 
-def imported_names() -> list[str]:
-    """Names of the teachers that were imported and that no shipped model hides."""
+def imported_names(kind: str = "teacher") -> list[str]:
+    """Names of the models of ``kind`` that were brought and that no shipped model hides."""
     return sorted(
-        {str(entry.card["name"]) for entry in found_teachers() if entry.folder != FOLDER} - set(names())
+        {str(entry.card["name"]) for entry in found_models(kind) if entry.folder != FOLDER} - set(names())
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from diffusers import AutoencoderTiny
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import SamVisionConfig
@@ -17,7 +18,9 @@ from common.backbones.dino import build_dinov2
 from common.backbones.sam import SamBackbone
 from common.backbones.sam2 import build as build_sam2
 from common.generator import TARGETS, StyleDiffusion
+from common.image_space import LatentSpace
 from common.teacher import Teacher
+from simulations.latent_pretraining import CODEC
 
 SIDE = 64
 PATIENTS = [[0], [1, 2], [3, 4, 5], [6]]
@@ -147,10 +150,11 @@ def decoder_task(cached: bool = True) -> SegmentationTask:
     return SegmentationTask(network, table, False, held, depth if cached else 0)
 
 
-def diffusion_task(draws: int = 1) -> DiffusionTask:
+def diffusion_task(draws: int = 1, latent: bool = False) -> DiffusionTask:
     """Factors at the attention and the convolutions of the generator, as a site trains it."""
     torch.manual_seed(0)
-    network = StyleDiffusion().eval()
+    space = LatentSpace(AutoencoderTiny.from_config(CODEC)) if latent else None
+    network = StyleDiffusion(space).eval()
     torch.nn.init.normal_(network.unet.conv_out.weight, std=0.1)
-    with_lora(network, [name for name, _ in network.named_modules() if name.endswith(TARGETS)])
+    with_lora(network, list(network.layers(TARGETS)))
     return DiffusionTask(network, crops(side=32), seed=3, draws=draws)

@@ -77,6 +77,7 @@ ONE_FAULT = [
     ("student.name=unet-m", "student.name", "did you mean unet-s? choose from unet-xs, unet-s, m"),
     ("sites.west.student=x", "sites[1].student", "there is no 'x'; choose from unet-xs, unet-s"),
     ("generator.name=x", "generator.name", "there is no 'x'; choose from ward-diffusion-tiny"),
+    ("generator.name=ward-diffusion-latent", "generator.name", "or a data.image_size that is a multiple"),
     ("generator.scope=styl", "generator.scope", "did you mean style?"),
     ("generator.site_token=true", "generator.site_token", "take generator.scope=federated"),
     ("generator.style_detail=fine", "generator.style_detail", "choose from colour, texture, spectrum"),

@@ -44,9 +44,10 @@ TASKS: dict[str, Callable[[], PrivateTask]] = {
     "SAM 2": lambda: lora_task(hiera()),
     "decoder behind cached features": decoder_task,
     "generator, two draws an image": lambda: diffusion_task(draws=2),
+    "generator in a latent space": lambda: diffusion_task(latent=True),
 }
-# The generator in float64: in float32 the plain loop itself is 1.7e-6 away from that.
-DOUBLE = ("generator, two draws an image",)
+# The generators in float64: in float32 the plain loop itself is 1.7e-6 away from that.
+DOUBLE = ("generator, two draws an image", "generator in a latent space")
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -234,7 +234,7 @@ def test_imported_teachers_are_found_by_name_and_a_shipped_name_wins(
             (checkpoints.FOLDER / f"ward-sam-tiny.{suffix}").read_bytes()
         )
     (home / "notes.json").write_text("[1]")
-    found = {(e.card["name"], e.folder): e.hidden_by for e in checkpoints.found_teachers()}
+    found = {(e.card["name"], e.folder): e.hidden_by for e in checkpoints.found_models()}
     assert found == {
         ("ward-sam-tiny", checkpoints.FOLDER): None,
         ("ward-sam-tiny-lesions", checkpoints.FOLDER): None,

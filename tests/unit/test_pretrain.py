@@ -9,18 +9,17 @@ import pytest
 import torch
 
 from common import checkpoints, names
-from simulations import pretrain
+from simulations import latent_pretraining, pretrain
 from simulations.pretrain import (
     DEFAULT_STEPS,
     HEAD_WEIGHT,
     MAKERS,
     SHIPPED,
     USUAL,
-    Bank,
     curriculum,
-    dim,
     segmentation_loss,
 )
+from simulations.scene_training import Bank, dim, fit
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +27,11 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(pretrain, "SCENES", 12)
     monkeypatch.setattr(pretrain, "TISSUES", 9)
     monkeypatch.setattr(pretrain, "VALIDATION", 6)
+    monkeypatch.setattr(latent_pretraining, "CODEC_SCENES", 12)
+    monkeypatch.setattr(latent_pretraining, "SCENES", 6)
+    monkeypatch.setattr(latent_pretraining, "HELD_OUT", 2)
+    monkeypatch.setattr(latent_pretraining, "CODEC_STEPS", 2)
+    monkeypatch.setattr(latent_pretraining, "SIZE", 64)
     monkeypatch.setattr(checkpoints, "FOLDER", tmp_path)
     checkpoints.card.cache_clear()
     return tmp_path
@@ -43,7 +47,7 @@ def test_the_same_seed_makes_the_same_weights(kind: str, small: Path) -> None:
         digests.append(checkpoints.base_sha256(name))
     assert digests[0] == digests[1]
     card = checkpoints.card(name)
-    assert card["kind"] == (kind if kind in SHIPPED else "student")
+    assert card["kind"] == {"teacher": "teacher"}.get(kind, "generator" if "generator" in kind else "student")
     assert card["reproduce"] == f"python -m simulations.pretrain {kind} --seed 3 --steps 2"
     assert "no real image" in card["trained_on"]
 
@@ -111,3 +115,47 @@ def test_a_dimmed_batch_keeps_its_order_and_leaves_the_full_range() -> None:
         assert one.min() >= 0
         assert one.max() <= 1
         assert torch.equal(one.flatten(2).argmax(2), image.flatten(2).argmax(2))
+
+
+def test_a_training_that_was_broken_off_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    def trained(kept: Path | None, stop: int | None = None) -> tuple[torch.Tensor, list[float]]:
+        torch.manual_seed(0)
+        network = torch.nn.Linear(4, 1)
+
+        def loss_at(step: int) -> torch.Tensor:
+            if step == stop:
+                raise InterruptedError
+            draw = torch.Generator().manual_seed(step)
+            return (network(torch.randn(8, 4, generator=draw)) - 1).square().mean()
+
+        losses = fit(network, 9, {"": 1e-2}, loss_at, every=2, kept=kept)
+        return network.weight.detach().clone(), losses
+
+    whole, losses = trained(None)
+    with pytest.raises(InterruptedError):
+        trained(tmp_path / "kept" / "linear.pt", stop=5)
+    again, taken_up = trained(tmp_path / "kept" / "linear.pt")
+    assert torch.equal(whole, again)
+    assert losses == taken_up
+    assert len(losses) == 4
+
+
+def test_the_latent_generator_is_taken_up_to_the_same_weights(small: Path) -> None:
+    digests = []
+    for keep in (None, small / "kept", small / "kept"):  # the third finds scenes encoded
+        MAKERS["latent-generator"](3, 2, keep=keep)
+        checkpoints.card.cache_clear()
+        digests.append(checkpoints.base_sha256("ward-diffusion-latent"))
+    assert len(set(digests)) == 1
+    assert (small / "kept" / "latent-generator-latents-3-6.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "given", [["latent-generator", "--codec", "vae"], ["generator", "--codec", "vae", "--name", "mine"]]
+)
+def test_an_autoencoder_of_ones_own_wants_a_name_and_the_latent_generator_alone(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        pretrain.main(given)
+    assert "--codec and --name go together" in capsys.readouterr().err

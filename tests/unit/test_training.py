@@ -30,7 +30,7 @@ from client.transfer.sets import TransferSet, real_crops
 from client.variants import VARIANTS, Start
 from common.adapter import Adapter
 from common.errors import DataError, DeadlinePassed
-from common.generator import generator_of, haar, inverse_haar, resident_generator, site_code
+from common.generator import generator_of, resident_generator, site_code
 from common.generator import initial_adapter as initial_generator
 from common.plan import RunPlan
 from common.teacher import ResidentTeacher, initial_adapter, resident_teacher
@@ -128,11 +128,6 @@ def test_the_learning_rate_falls_over_the_whole_run() -> None:
 
 
 # -- generation and curation -------------------------------------------------------------------------
-
-
-def test_haar_is_inverted_exactly() -> None:
-    image = torch.rand(2, 3, 16, 16)
-    assert torch.allclose(inverse_haar(haar(image)), image, atol=1e-6)
 
 
 def test_synthesis_repeats_and_keeps_to_its_denoiser_calls(
