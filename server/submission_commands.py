@@ -106,7 +106,7 @@ def ask(context: click.Context, folder: Path, run_dir: Path) -> None:
 @click.argument("folder", type=PATH)
 @click.argument("run_dir", type=PATH)
 def run(folder: Path, run_dir: Path) -> None:
-    """Run the job in RUN_DIR with the sites that approved it, to its report; or go on with it.
+    """Run the job in RUN_DIR with the sites that approved it, or go on with it; the teacher is then there.
 
     The exit code is the run's own. Ctrl-C stops it at the SuperLink; what was folded is kept.
 
