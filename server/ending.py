@@ -9,17 +9,17 @@ from pathlib import Path
 
 from common.canonical import canonical_json
 from common.durable import write_atomic
-from common.errors import DEFECT_EXIT_CODE, WardroundError
+from common.errors import DEFECT_EXIT_CODE, FederationError, WardroundError
 
 ENDING = "ending.json"
 
 
-class RunEnded(WardroundError):
-    """A run between hospitals that did not end well; ``exit_code`` is the run's own."""
+class RunEnded(FederationError):
+    """A run between hospitals that did not end well; ``exit_code`` is the run's own, whatever kind that was."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code = exit_code  # type: ignore[misc]
 
 
 @contextmanager

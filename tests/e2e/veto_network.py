@@ -195,7 +195,9 @@ def make_bundle(root: Path, name: str, client_code: str = "", more: dict[str, st
     project = app / "pyproject.toml"
     text = project.read_text().replace('"client/app.py"', '"client/**/*.py"')
     text = text.replace("fab-exclude = [", "fab-exclude-not = [")  # of files that are not there any more
-    project.write_text(text + f'\n[tool.flwr.app.config]\nfolder = "{post}"\n')
+    table = "[tool.flwr.app.config]\n"
+    assert table in text
+    project.write_text(text.replace(table, f'{table}folder = "{post}"\n'))
     return Bundle(app, post, sha256_of(build_fab_from_disk(app)))
 
 
