@@ -15,7 +15,7 @@ ENDING = "ending.json"
 
 
 class RunEnded(FederationError):
-    """A run between hospitals that did not end well; ``exit_code`` is the run's own, whatever kind that was."""
+    """A run between hospitals that did not end well; ``exit_code`` is the run's own, of any kind."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
