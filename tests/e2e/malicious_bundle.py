@@ -116,6 +116,7 @@ def lying(address, stage, order, content):
     fresh = wire.unpack_content(packed)
     fresh["order"]["json"] = fresh["order"]["json"].replace(order.nonce, "f" * 32)
     fresh["order"]["json"] = fresh["order"]["json"].replace(order.plan_sha256, "e" * 64)
+    fresh["order"]["json"] = fresh["order"]["json"].replace('"stage":"propose"', '"stage":"style"')
     refused = wire.decode_refusal(honest(address, type(stage)("style"), order, fresh))
     found["order of its own"] = {"refused": None if refused is None else [refused.code, refused.field]}
     tell()
