@@ -6,18 +6,16 @@ a site's is read off the key with which the node registered, and no message is n
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cryptography.hazmat.primitives import serialization
-
 from common.canonical import canonical_json
 from common.durable import write_atomic
 from common.errors import ArtefactError
+from common.network.identity import fingerprint_of_pem
 from common.recipe_rules import SITE_NAME
 from common.strict_json import read_strictly
 from server.collect import POLL_S, Collector, monotonic
@@ -32,7 +30,7 @@ class Invited:
     """A site as the coordinator knows it.
 
     Attributes:
-        node: fingerprint of its Flower node's key (`node_fingerprint`).
+        node: fingerprint of its Flower node's key (`common.network.identity`).
         ledger_key: the public key with which its guard signs, 64 hex digits.
     """
 
@@ -71,20 +69,6 @@ def read_roster(path: Path) -> dict[str, Invited]:
     return {one.site: one for one in found.sites}
 
 
-def node_fingerprint(public_key: bytes) -> str:
-    """SHA-256 (64 hex digits) of a node's public key as X.509 writes it down; "" for what is no key.
-
-    Args:
-        public_key: PEM, as Flower shows it.
-    """
-    try:
-        key = serialization.load_pem_public_key(public_key)
-    except ValueError:
-        return ""
-    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(der).hexdigest()
-
-
 def locate(collector: Collector, wanted: Mapping[str, Invited], wait_s: float) -> dict[str, int]:
     """Site -> node id, of those of ``wanted`` that are connected: as soon as all are, or after ``wait_s`` s.
 
@@ -104,4 +88,4 @@ def _nodes(collector: Collector) -> list[tuple[str, int]]:
     told: Mapping[str, int] | None = getattr(collector.grid, "fingerprints", None)
     if told is not None:
         return list(told.items())
-    return [(node_fingerprint(node.public_key), node.node_id) for node in collector.grid.get_nodes()]
+    return [(fingerprint_of_pem(node.public_key), node.node_id) for node in collector.grid.get_nodes()]

@@ -30,6 +30,14 @@ def fingerprint_of(key: PublicKeyTypes) -> str:
     return hashlib.sha256(spki).hexdigest()
 
 
+def fingerprint_of_pem(pem: bytes) -> str:
+    """`fingerprint_of` the public key in ``pem``, as Flower shows it; "" for what is no key."""
+    try:
+        return fingerprint_of(serialization.load_pem_public_key(pem))
+    except (ValueError, UnsupportedAlgorithm):
+        return ""
+
+
 def spoken(fingerprint: str) -> str:
     """A fingerprint in groups of eight digits, to be read aloud."""
     return " ".join(fingerprint[start : start + _GROUP] for start in range(0, len(fingerprint), _GROUP))

@@ -1,4 +1,4 @@
-"""The SuperLink's control API, from this machine alone: who is registered, and who is there.
+"""The SuperLink's control API, from this machine alone: who is registered and there, and what runs.
 
 Flower's own `flwr supernode` lists nodes without their keys, and a member is known by its key; so this speaks
 to the API itself, which is Flower's own affair and may change: Wardround pins 1.41, and a test runs it.
@@ -13,18 +13,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from cryptography.hazmat.primitives import serialization
-from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
+from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
 from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 
+from common.canonical import sha256_of
 from common.errors import FederationError
-from common.network.identity import fingerprint_of
+from common.network.identity import fingerprint_of_pem
 from common.network.proxies import loopback_unproxied
 from server.network.consortium import Consortium
 
 UNREGISTERED = "unregistered"
-ONLINE = "online"
+FINISHED = "finished"
 
 
 @dataclass(frozen=True)
@@ -40,26 +49,26 @@ class Control:
     """A `server.network.registry.Fleet`. Raises ``FederationError`` for what is refused or not answered."""
 
     def __init__(self, client: ControlHttpClient) -> None:
-        self.client = client
+        self._client = client
 
     def nodes(self) -> list[Node]:
-        found = self.ask(self.client.ListNodes, ListNodesRequest()).nodes_info
-        return [Node(node.node_id, _fingerprint(node.public_key), node.status) for node in found]
+        found = self._ask(self._client.ListNodes, ListNodesRequest()).nodes_info
+        return [Node(node.node_id, fingerprint_of_pem(node.public_key), node.status) for node in found]
 
     def register(self, pem: bytes, name: str) -> int:
         """The node's id; that of its first registration if it is known already."""
-        wanted = _fingerprint(pem)
+        wanted = fingerprint_of_pem(pem)
         for node in self.nodes():
             if node.fingerprint == wanted:
                 if node.status == UNREGISTERED:
                     raise FederationError(f"the SuperLink takes no key back that was removed: {name}'s")
                 return node.node_id
-        made = self.ask(self.client.RegisterNode, RegisterNodeRequest(public_key=pem, name=name))
+        made = self._ask(self._client.RegisterNode, RegisterNodeRequest(public_key=pem, name=name))
         return int(made.node_id)
 
     def unregister(self, pem: bytes) -> None:
         """From now on it is refused, in the middle of a run too. One that is not known is no fault."""
-        self.turn_out(_fingerprint(pem))
+        self.turn_out(fingerprint_of_pem(pem))
 
     def fingerprints(self) -> list[str]:
         """The fingerprints of all that may connect."""
@@ -68,10 +77,25 @@ class Control:
     def turn_out(self, fingerprint: str) -> None:
         for node in self.nodes():
             if node.fingerprint == fingerprint and node.status != UNREGISTERED:
-                self.ask(self.client.UnregisterNode, UnregisterNodeRequest(node_id=node.node_id))
+                self._ask(self._client.UnregisterNode, UnregisterNodeRequest(node_id=node.node_id))
+
+    def start_run(self, bundle: bytes, config: dict[str, str]) -> int:
+        """Start a run of ``bundle`` with ``config`` over its own run configuration; the run's number."""
+        fab = fab_to_proto(Fab(sha256_of(bundle), bundle, {}))
+        override = user_config_to_proto(dict(config))
+        return int(
+            self._ask(self._client.StartRun, StartRunRequest(fab=fab, override_config=override)).run_id
+        )
+
+    def run_is_over(self, number: int) -> bool:
+        found = self._ask(self._client.ListRuns, ListRunsRequest(run_id=number)).run_dict
+        return number in found and found[number].status.status == FINISHED
+
+    def stop_run(self, number: int) -> None:
+        self._ask(self._client.StopRun, StopRunRequest(run_id=number))
 
     @staticmethod
-    def ask(call: Callable[[Any], Any], request: Any) -> Any:
+    def _ask(call: Callable[[Any], Any], request: Any) -> Any:
         try:
             return call(request)
         except httpx.HTTPStatusError as error:
@@ -95,7 +119,3 @@ def control_of(consortium: Consortium) -> Iterator[Control]:
         yield Control(client)
     finally:
         client.close()
-
-
-def _fingerprint(pem: bytes) -> str:
-    return fingerprint_of(serialization.load_pem_public_key(pem))

@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from flwr.common.serde import fab_to_proto, user_config_to_proto
-from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest, StopRunRequest
-from flwr.supercore.fab import Fab
-
 from common.canonical import sha256_of
-from common.errors import ArtefactError, ConfigError
+from common.errors import INTERRUPTED_EXIT_CODE, ArtefactError, ConfigError
 from common.release import build_bundle
 from server import ending
 from server.invited import Invited
 from server.network.consortium import Consortium
-from server.network.control import Control, control_of
+from server.network.control import control_of
 from server.network.registry import Registry
 from server.network.service import superlink_answers
 from server.submission import Submission
 
-FINISHED = "finished"
 LOOK_S = 1.0
 
 
@@ -37,7 +32,7 @@ def work(consortium: Consortium, run_dir: Path, mode: str, stopped: Callable[[fl
 
     Raises:
         ConfigError: there is no job, or nothing is served. ArtefactError: it is a job for another bundle.
-        RunEnded: what the run itself ended with, with its exit code.
+        RunEnded: what the run itself ended with, with its exit code; 130 where it was stopped.
     """
     job = Submission.load(run_dir)
     if job is None:
@@ -53,20 +48,10 @@ def work(consortium: Consortium, run_dir: Path, mode: str, stopped: Callable[[fl
         )
     ending.forget(run_dir)
     with control_of(consortium) as control:
-        number = _start(control, bundle, {"run-dir": str(run_dir), "mode": mode})
-        while not _is_over(control, number):
+        number = control.start_run(bundle, {"run-dir": str(run_dir), "mode": mode})
+        while not control.run_is_over(number):
             if stopped(LOOK_S):
-                control.ask(control.client.StopRun, StopRunRequest(run_id=number))
-                break
+                control.stop_run(number)
+                again = f"wardround consortium run {consortium.folder} {run_dir}"
+                raise ending.RunEnded(f"stopped; {again} goes on from the last round", INTERRUPTED_EXIT_CODE)
     ending.raise_for(run_dir, consortium.folder / "superlink" / "output.log")
-
-
-def _start(control: Control, bundle: bytes, config: dict[str, str]) -> int:
-    fab = Fab(sha256_of(bundle), bundle, {})
-    request = StartRunRequest(fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(config)))
-    return int(control.ask(control.client.StartRun, request).run_id)
-
-
-def _is_over(control: Control, number: int) -> bool:
-    found = control.ask(control.client.ListRuns, ListRunsRequest(run_id=number)).run_dict
-    return number in found and found[number].status.status == FINISHED

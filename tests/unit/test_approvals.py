@@ -21,13 +21,14 @@ from common.canonical import canonical_json
 from common.config import load_recipe
 from common.errors import ArtefactError, ConfigError, PolicyRefusal
 from common.guard_api import PlanAnswer
+from common.network.identity import fingerprint_of_pem
 from common.plan import RunPlan
 from common.privacy.keys import public_key
 from common.recipe import Recipe
 from common.wire.sealed import create_sealing_key
 from server.approvals import ApprovalBook, Standing, State, invite
 from server.collect import Collector
-from server.invited import Invited, locate, node_fingerprint, read_roster, write_roster
+from server.invited import Invited, locate, read_roster, write_roster
 from server.planning import build_plan
 from server.submission import PLAN_FILE, SEALING_KEY, Asked, Submission, submit
 
@@ -41,7 +42,7 @@ def pem(site: str) -> bytes:
     return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-ROSTER = {site: Invited(site, node_fingerprint(pem(site)), public_key(KEYS[site])) for site in KEYS}
+ROSTER = {site: Invited(site, fingerprint_of_pem(pem(site)), public_key(KEYS[site])) for site in KEYS}
 
 
 @pytest.fixture(scope="module")

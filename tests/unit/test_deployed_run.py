@@ -6,15 +6,21 @@ import io
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from common import checkpoints
+from common.canonical import sha256_of
 from common.code_digest import code_sha256
-from common.errors import DEFECT_EXIT_CODE, PolicyRefusal
+from common.errors import DEFECT_EXIT_CODE, INTERRUPTED_EXIT_CODE, PolicyRefusal
 from common.release import build_bundle, bundle_code_sha256
 from server import ending
+from server.network import runs
+from server.network.consortium import Consortium, Settings
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +68,27 @@ def test_the_command_ends_as_the_run_did(tmp_path: Path) -> None:
     ending.forget(tmp_path)
     with pytest.raises(ending.RunEnded, match="without a word"):
         ending.raise_for(tmp_path, tmp_path / "log")
+
+
+def test_a_run_that_is_stopped_is_stopped_at_the_superlink_and_says_what_goes_on_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done: list[object] = []
+    plan = SimpleNamespace(bundle_sha256=sha256_of(build_bundle()))
+
+    @contextmanager
+    def control(_: Consortium) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(
+            start_run=lambda _, config: done.append(config["mode"]) or 7,  # type: ignore[func-returns-value]
+            run_is_over=lambda number: False,
+            stop_run=done.append,
+        )
+
+    monkeypatch.setattr(runs, "control_of", control)
+    monkeypatch.setattr(runs, "superlink_answers", lambda _: True)
+    monkeypatch.setattr(runs.Submission, "load", lambda _: SimpleNamespace(plan=plan))
+    consortium = Consortium(tmp_path, Settings(host="localhost"))
+    with pytest.raises(ending.RunEnded, match=f"wardround consortium run {tmp_path}") as told:
+        runs.work(consortium, tmp_path / "run", "run", lambda _: True)
+    assert told.value.exit_code == INTERRUPTED_EXIT_CODE
+    assert done == ["run", 7]
