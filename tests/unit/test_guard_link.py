@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from client.orders import OrderBook
 from common import wire
-from common.errors import ArtefactError, ConfigError, GuardUnreachable, PolicyRefusal
+from common.errors import ArtefactError, ConfigError, DiskFault, GuardUnreachable, PolicyRefusal
 from common.guard_link import frames
 from common.guard_link.guard_pb2 import Description, Frame, Head
 from common.guard_link.service import LONGEST_PATH, Door, describe, served
@@ -127,3 +128,22 @@ def test_no_order_is_taken_twice_over_restarts_too(tmp_path: Path) -> None:
     (tmp_path / "orders.jsonl").write_text("{")
     with pytest.raises(ArtefactError, match="damaged"):
         OrderBook(tmp_path)
+
+
+def test_a_full_disk_takes_no_order_and_leaves_the_book_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = OrderBook(tmp_path)
+    book.take(ORDER)
+    before = (tmp_path / "orders.jsonl").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    later = Round("0" * 64, Stage.style, 0, 5.0, "n2")
+    with monkeypatch.context() as patch:
+        patch.setattr("client.orders.os.fsync", full)
+        with pytest.raises(DiskFault, match="no space left"):
+            book.take(later)
+    assert (tmp_path / "orders.jsonl").read_bytes() == before
+    OrderBook(tmp_path).take(later)
